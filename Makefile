@@ -1,0 +1,34 @@
+# make demo: a tiny Qwen3-VL learns on drawn images, on a CPU. make test: all tests. Each makes its
+# own virtual environment first. Without a GPU, TORCH may name a CPU build of torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench
+
+demo: .venv/demo
+	OMP_NUM_THREADS=2 $(BIN)/python tiny.py
+	$(BIN)/torchrun --nproc_per_node 2 train_grpo.py configs/tiny.py
+	$(BIN)/python report.py curve out/tiny --out out/tiny/curve.png
+
+test: .venv/test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/test
+	$(BIN)/ruff check .
+
+bench: .venv/demo
+	$(BIN)/python bench/logprob_memory.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python requirements.txt
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/test: .venv/demo requirements-test.txt
+	$(BIN)/pip install -q -r requirements-test.txt
+	touch $@

@@ -1,0 +1,340 @@
+"""The model that is trained: sharding (FSDP2), packed rows, log-probs, optimizer, checkpoints.
+
+A group (one prompt, its images and G responses) is trained as packed rows
+    [prompt | response a | response b | ...]
+in which every response attends to the shared prompt and to itself only. Prompt and images thus go
+through the model once per group instead of G times, with the same log-probs and gradients.
+
+Shapes: L prompt tokens, B responses in a row, R response tokens, T tokens in a row, N predicted
+tokens (the sum of R), V vocabulary, H hidden size."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+CHUNK_ELEMENTS = 2**26  # logits held at once by the log-prob step: 256 MB in fp32
+
+
+def load(cfg, device, trainable=True):
+    """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
+
+    cfg: .model (folder or hub id), .dtype (of the computation; trainable weights are kept in fp32,
+    others in dtype), .freeze_vision, .activation_checkpointing. Rank 0 alone reads the weights, the
+    others start on the meta device and receive shards (8 fp32 copies of an 8B model would need 280
+    GB of host memory). ValueError: unknown architecture."""
+    config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
+    if config.model_type not in MODELS:
+        raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
+    full, storage = None, torch.float32 if trainable else dtype
+    if dist.get_rank() == 0:
+        full = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=storage)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=storage, attn_implementation={
+            "": "sdpa", "text_config": "packed", "vision_config": "sdpa"})
+    model.requires_grad_(trainable)
+    model.model.visual.requires_grad_(trainable and not cfg.freeze_vision)
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # once and for good: old and new log-probs must come from the same code path
+    model.forward = functools.partial(row_forward, model)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    for part in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty gives each use of a tied weight memory of its own
+    set_model_state_dict(model, full.state_dict() if full else {}, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+    source = dict(full.named_buffers()) if full else {}
+    for name, buffer in model.named_buffers():  # the rotary frequencies are in no state dict
+        buffer.copy_(source.get(name, buffer))
+        dist.broadcast(buffer, 0)
+    return model
+
+
+def build_rows(model, groups, tokens_per_row, spare=None):
+    """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first.
+
+    groups: dicts with ids (L prompt token ids), images ((h, w, 3) uint8 arrays), grid (their
+    (1, h, w) in patches) and responses (dicts with ids, logprobs and advantage). What does not fit
+    beside its prompt goes into another row that repeats the prompt; a response is never split.
+    spare: a group whose first response is repeated, with weight 0, until all ranks have as many
+    rows as the longest has, for FSDP would hang else; None: this rank alone."""
+    pieces = []  # [tokens, group, responses]
+    for group in groups:
+        pieces.append([len(group["ids"]), group, []])
+        for response in group["responses"]:
+            if pieces[-1][2] and pieces[-1][0] + len(response["ids"]) > tokens_per_row:
+                pieces.append([len(group["ids"]), group, []])
+            pieces[-1][0] += len(response["ids"])
+            pieces[-1][2].append(response)
+    rows = []
+    for piece in sorted(pieces, key=lambda p: -p[0]):
+        if piece[0] > tokens_per_row:
+            raise ValueError(f"a prompt with one response has {piece[0]} tokens, above "
+                             f"tokens_per_micro_batch = {tokens_per_row}: raise it")
+        roomy = [r for r in rows if sum(p[0] for p in r) + piece[0] <= tokens_per_row]
+        (roomy[0] if roomy else rows).append(piece if roomy else [piece])
+    rows = [_tensors(model, row) for row in rows]
+    if spare:
+        dist.all_reduce(count := torch.tensor(len(rows)), dist.ReduceOp.MAX)
+        idle = _tensors(model, [(0, spare, spare["responses"][:1])]) | {"weight": 0.0}
+        rows += [idle] * (int(count) - len(rows))
+    return rows
+
+
+def _tensors(model, pieces):
+    """A row: input_ids (1, T), position_ids (4, 1, T), text positions, then mRoPE; segments
+    [(L, [R, ...])]; images, grid (n, 3); sources (N,), where each response token is predicted, and
+    targets (N,); mask and the engine's logprobs (B, R), advantage (B, 1); members: the responses;
+    weight: 0 in a row that only keeps ranks in step."""
+    ids, positions, sources = [], [], []
+    for _, group, members in pieces:
+        prompt = group["ids"]
+        last = len(ids) + len(prompt) - 1  # predicts the first token of every response
+        is_image = torch.tensor([[token == model.config.image_token_id for token in prompt]]).int()
+        mrope = model.model.get_rope_index(torch.tensor([prompt]), is_image, image_grid_thw=(
+            torch.tensor(group["grid"]) if group["grid"] else None))[0][:, 0]  # (3, L)
+        positions.append(torch.cat([torch.arange(len(prompt))[None], mrope]))
+        ids += prompt
+        for response in members:
+            sources += [last, *range(len(ids), len(ids) + len(response["ids"]) - 1)]
+            ids += response["ids"]
+            # An image of many tokens advances mRoPE by its longer side only.
+            starts = torch.tensor([len(prompt), *[int(mrope.max()) + 1] * 3])
+            positions.append(starts[:, None] + torch.arange(len(response["ids"])))
+    images, grid = ([x for _, group, _ in pieces for x in group[key]] for key in ("images", "grid"))
+    if not images:  # the vision tower runs on every row, or FSDP's collectives would not line up
+        merge, vision = model.config.vision_config.spatial_merge_size, model.config.vision_config
+        images = [np.zeros((merge * vision.patch_size, merge * vision.patch_size, 3), np.uint8)]
+        grid = [(1, merge, merge)]
+    responses = [r for _, _, members in pieces for r in members]
+    return {
+        "input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None],
+        "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for _, g, rs in pieces],
+        "images": images, "grid": torch.tensor(grid), "sources": torch.tensor(sources),
+        "targets": torch.tensor([t for r in responses for t in r["ids"]]),
+        "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
+        "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
+        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses,
+        "weight": 1.0}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
+    """Attention of a packed row: query (1, heads, T, D), key and value (1, kv heads, T, D).
+
+    One causal call for each prompt and one batched call for its responses, whose keys and values
+    are [prompt; own]. Without segments it is plain sdpa. Returns (1, T, heads, D), None."""
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    outputs, start = [], 0
+    for prompt, lengths in segments:
+        end = start + prompt + sum(lengths)
+        shared = [x[:, :, start : start + prompt] for x in (query, key, value)]
+        outputs.append(attend(*shared, is_causal=True))
+        # (1, heads, sum R, D) -> (B, heads, R, D), padded on the right
+        own = [pad_sequence(x[0, :, start + prompt : end].transpose(0, 1).split(lengths), True)
+               .transpose(1, 2) for x in (query, key, value)]
+        k, v = (torch.cat([s.expand(len(lengths), -1, -1, -1), o], 2)
+                for s, o in zip(shared[1:], own[1:]))
+        mask = torch.ones(max(lengths), k.shape[2], dtype=torch.bool, device=k.device).tril(prompt)
+        out = attend(own[0], k, v, attn_mask=mask)
+        outputs += [out[i : i + 1, :, :n] for i, n in enumerate(lengths)]
+        start = end
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def logprobs(model, row, pixels, temperature, banned):
+    """(log-probs, entropies), both (B, R) and 0 where row["mask"] is, of the sampling distribution.
+
+    pixels: (patches, C) of row["images"], made where they are used. temperature and banned (token
+    ids that are never sampled) must be the engine's. Gradients flow through the log-probs only."""
+    tensors = [row[name].to(pixels.device) for name in (
+        "input_ids", "position_ids", "grid", "sources", "targets")]
+    flat = model(pixels, *tensors, row["segments"], temperature, banned)
+    mask = row["mask"].to(pixels.device)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
+
+
+def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, segments,
+                temperature, banned, attention_mask=None):
+    """Forward of the FSDP root, where lm_head.weight is whole: (N,) log-probs, (N,) entropies."""
+    features = model.model.get_image_features(pixels, grid, return_dict=True)
+    has_image = bool((input_ids == model.config.image_token_id).any())
+    hidden = model.model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
+        mm_encoder_outputs={"image": features} if has_image else None, use_cache=False,
+        segments=segments).last_hidden_state[0]
+    if not has_image:  # the dummy image takes part with weight 0, deepstack included
+        levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        hidden = hidden + 0 * sum(f.sum() for level in levels for f in level).to(hidden.dtype)
+    return TokenLogprobs.apply(hidden[sources], model.lm_head.weight, targets, temperature, banned)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs and entropies (N,) of targets (N,) from hidden (N, H) and the head's weight (V, H).
+
+    log p = z_target - logsumexp(z), so d/dz = onehot(target) - softmax(z). In chunks, recomputed in
+    the backward pass, so that at most CHUNK_ELEMENTS logits exist at a time."""
+
+    @staticmethod
+    def _chunks(hidden, weight, temperature, banned):
+        size = max(1, CHUNK_ELEMENTS // len(weight))
+        for rows in torch.arange(len(hidden), device=hidden.device).split(size):
+            logits = (hidden[rows] @ weight.T).float().div_(temperature)
+            logits[:, banned] = -1e30  # not -inf: 0 * -inf would make the entropy NaN
+            yield rows, logits
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned):
+        logprobs, normalisers, entropies = (torch.empty(len(hidden), device=hidden.device)
+                                            for _ in range(3))
+        for rows, logits in TokenLogprobs._chunks(hidden, weight, temperature, banned):
+            normaliser = normalisers[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
+            probs = (logits - normaliser[:, None]).exp_()
+            entropies[rows] = normaliser - torch.einsum("nv,nv->n", probs, logits)
+        ctx.save_for_backward(hidden, weight, targets, normalisers)
+        ctx.settings = temperature, banned
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normalisers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # sums in bf16 lose small parts
+        for rows, logits in TokenLogprobs._chunks(hidden, weight, *ctx.settings):
+            scale = grad[rows, None] / ctx.settings[0]
+            grad_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-scale)
+            grad_logits = grad_logits.scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.T, hidden[rows])  # no second (V, H) tensor
+            else:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def adamw(model, learning_rate, beta2, weight_decay):
+    """AdamW over the trainable weights; norms, biases and embeddings are not decayed."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p.ndim > 1 and "embed_tokens" not in name and "pos_embed" not in name
+               for name, p in named]
+    groups = [{"params": [p for (_, p), d in zip(named, decayed) if d is decay],
+               "weight_decay": weight_decay * decay} for decay in (True, False)]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
+
+
+def optimizer_step(model, optimizer, learning_rate, max_grad_norm):
+    """Clip, step, clear; returns the global gradient norm. If it is not finite nothing changes."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+    if np.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def named_weights(model):
+    """Yield (Hugging Face name, whole tensor), a tied weight under both; every rank takes part."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _state_tensors(model, optimizer):
+    """Flat dict of the sharded weights (tied ones once) and AdamW's moments, made where missing."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p
+        if p.requires_grad:
+            if not optimizer.state[p]:
+                moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            tensors |= {f"{k}.{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def _digests(folder, names):
+    """{name: sha256} of the files that are there, on a shared disk: each rank hashes its share."""
+    mine = {}
+    for path in [Path(folder, n) for n in sorted(names)[dist.get_rank() :: dist.get_world_size()]]:
+        if path.exists():
+            with path.open("rb") as file:
+                mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: digest for part in everyone for name, digest in part.items()}
+
+
+def save_checkpoint(root, step, model, optimizer, state, keep):
+    """Write root/step_000100 (safetensors shards, state.json, manifest.json), then move `latest`.
+
+    Written aside, flushed to disk and renamed, so that `latest` is whole whenever a crash comes.
+    Then all but the newest `keep` and the step state["best"][0] are removed. state: JSON values."""
+    name, aside = f"step_{step:06d}", Path(root, f"step_{step:06d}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a crash
+    dist.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    dcp.save(_state_tensors(model, optimizer), storage_writer=writer)
+    if dist.get_rank() == 0:
+        state = state | {"adam_step": max(s["step"].item() for s in optimizer.state.values())}
+        (aside / "state.json").write_text(json.dumps(state))
+    dist.barrier()
+    manifest = _digests(aside, os.listdir(aside))
+    os.sync()  # on every rank: each may write from another machine
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        os.sync()
+        shutil.rmtree(Path(root, name), ignore_errors=True)
+        aside.rename(Path(root, name))
+        links = {"latest": name, "best": f"step_{state['best'][0]:06d}" if state["best"] else name}
+        for link, target in links.items():  # a link is moved in one atomic step
+            Path(root, "link").unlink(missing_ok=True)
+            Path(root, "link").symlink_to(target)
+            Path(root, "link").rename(Path(root, link))
+        os.sync()
+        for old in sorted(Path(root).glob("step_*"))[:-keep]:
+            if old.name not in links.values():
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Fill model and optimizer from a checkpoint of any number of ranks; returns its state.
+    ValueError names a file that is missing or damaged."""
+    manifest = json.loads(Path(folder, "manifest.json").read_text())
+    found = _digests(folder, manifest)
+    for name in manifest:
+        if found.get(name) != manifest[name]:
+            raise ValueError(f"{folder}/{name} is {'damaged' if name in found else 'missing'}: let "
+                             "the link `latest` beside that folder point to another checkpoint")
+    dcp.load(_state_tensors(model, optimizer),
+             storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    state = json.loads(Path(folder, "state.json").read_text())
+    for moments in optimizer.state.values():
+        moments["step"].fill_(state["adam_step"])
+    return state

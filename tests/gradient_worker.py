@@ -1,0 +1,94 @@
+"""Under torchrun: gradients of one update for fixed groups, computed by the trainer's own code.
+
+    gradient_worker.py MODEL OUT '[{"loss": "gspo"}, ...]'
+
+One case for each dict of settings. Beside the trainer's own: old ("noise": an old policy that
+differs, "pass": the trainer's own pass before the update), text_ranks (they have no image).
+Saves for each case {"gradient": {name: tensor}, "sums": what the trainer logs, "rows": number}.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import tiny_models
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import policy
+import train_grpo
+
+
+def make_groups(text_only):
+    """Six groups; the fourth has equal rewards. The same on all ranks."""
+    processor = tiny_models.processor("qwen3_vl")
+    groups = tiny_models.groups(processor) + tiny_models.groups(processor, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for slot, group in enumerate(groups):
+        for i, r in enumerate(group["responses"]):
+            r["logprobs"] = (-4 + 0.1 * torch.randn(len(r["ids"]), generator=generator)).tolist()
+            r["advantage"] = 0.0 if slot == 3 else (-1) ** i * (1 + 0.1 * slot + 0.05 * i)
+        group |= {"slot": slot, "scored": True, "kept": slot != 3}
+        if text_only:
+            group |= {
+                "ids": [i for i in group["ids"] if i not in tiny_models.BANNED],
+                "images": [],
+                "grid": [],
+            }
+    return groups
+
+
+def gradient(model, reference, rank, world, options):
+    settings = {
+        "prompts_per_step": 6,
+        "updates_per_step": 1,
+        "temperature": 0.9,
+        "kl_coef": 0.0,
+        "tokens_per_micro_batch": 4096,
+        **options,
+    }
+    run = SimpleNamespace(
+        cfg=SimpleNamespace(**{**train_grpo.defaults, **settings}),
+        times={},
+        rank=rank,
+        world=world,
+        model=model,
+        reference=reference,
+        engine=SimpleNamespace(
+            banned=tiny_models.BANNED,
+            patches=lambda images: data.patches(images, tiny_models.processor("qwen3_vl")),
+        ),
+    )
+    groups = make_groups(text_only=rank in options.get("text_ranks", []))
+    update = train_grpo.plan_update(run, [g for g in groups if g["slot"] % world == rank], 0)
+    for row in update.rows if options.get("old") == "noise" else []:
+        row["old_logprobs"] = row["logprobs"]
+    if options.get("old") == "pass":
+        train_grpo.add_logprobs(run, [update], model, "old_logprobs")
+    if run.cfg.kl_coef:
+        train_grpo.add_logprobs(run, [update], reference, "ref_logprobs")
+    sums = [train_grpo.backward(run, update, row)[0] for row in update.rows]
+    result = {
+        "sums": common.total({k: sum(s[k] for s in sums) for k in sums[0]}),
+        "rows": len(update.rows),
+        "gradient": {n: p.grad.full_tensor() for n, p in model.named_parameters()},
+    }
+    model.zero_grad()
+    return result
+
+
+def main():
+    path, out, cases = sys.argv[1:]
+    rank, world, device = common.start()
+    model = policy.load(tiny_models.settings(path), device)
+    reference = policy.load(tiny_models.settings(path), device, trainable=False)
+    results = [gradient(model, reference, rank, world, case) for case in json.loads(cases)]
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,651 @@
+"""data.py on drawn images and, where it is there, the real data beside the checkout."""
+import io
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from data_fixtures import CHAT, TAGS, encoded, noise, row, write_processor
+from PIL import Image, PngImagePlugin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEMPLATE = "Look at this first.\n{question}\nAnswer briefly."
+LIMITS = {"max_prompt_tokens": 4096, "min_pixels": 64 * 64, "max_pixels": 512 * 512,
+          "max_bad_rows": 1.0}
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
+
+
+@pytest.fixture(scope="session", params=[14, 16])
+def either(request, tmp_path_factory):
+    return data.load_processor(write_processor(tmp_path_factory.mktemp("model"), request.param))
+
+
+@pytest.fixture(scope="session")
+def processor(tmp_path_factory):
+    return data.load_processor(write_processor(tmp_path_factory.mktemp("model"), 16))
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def parquet(path, rows):
+    """Plain pyarrow: no Hugging Face metadata in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def stored(content, path=None):
+    return {"bytes": content, "path": path}
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(x) for x in rows))
+    return str(path)
+
+
+def named(bad):
+    """["row 7, image: reason"] -> [(7, "image")]."""
+    return [(int(x.split(",")[0][4:]), x.split(", ")[1].split(":")[0]) for x in bad]
+
+
+def load(source, processor, template=TEMPLATE, **more):
+    limits = {k: more.pop(k, v) for k, v in LIMITS.items()}
+    cfg = SimpleNamespace(prompt_template=template, **limits)
+    return data.load(source, processor, cfg, more.pop("tags", TAGS), **more)
+
+
+def reference(processor, **more):
+    return Qwen2VLImageProcessorPil(
+        patch_size=processor.patch, merge_size=processor.merge, image_mean=processor.mean,
+        image_std=processor.std, **more)
+
+
+# processor and template
+
+def test_processor_facts(either):
+    assert either.merge == either.temporal == 2 and either.patch in (14, 16)
+    assert either.tokenizer.convert_ids_to_tokens(either.image_token_id) == "<|image_pad|>"
+
+
+@pytest.mark.parametrize("name, said", [
+    ("config.json", "config.json"), ("tokenizer.json", "lacks tokenizer.json: copy"),
+    ("chat_template.jinja", "chat_template is not set"),
+    ("preprocessor_config.json", "preprocessor_config.json.*image_mean")])
+def test_processor_names_what_is_missing(tmp_path, name, said):
+    folder = write_processor(tmp_path, 16)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=said) as error:
+        data.load_processor(folder)
+    assert "\n" not in str(error.value) and folder in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["./no", "/no/such", "a/b/c", "tests/no_such", "rows.parquet"])
+def test_missing_local_paths_never_ask_the_hub(path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for read in (data.load_processor, data.read_rows):
+        with pytest.raises(ValueError, match="does not exist"):
+            read(path)
+
+
+def test_template(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Q: {question}\n")
+    assert data.read_template(file) == data.read_template("Q: {question}") == "Q: {question}"
+    file.write_text("no place")
+    for wrong in (str(file), "no/such/file.txt", "plain text", "{question} {question}", "x" * 5000):
+        with pytest.raises(ValueError, match="once"):
+            data.read_template(wrong)
+
+
+# prompts: ids and grids
+
+@pytest.mark.parametrize("sizes", [[], [(100, 70)], [(37, 300), (800, 611)], [(9, 9)], [(3000, 20)],
+                                   [(64, 96)]])
+def test_prompt_is_the_real_thing(either, tmp_path, sizes):
+    """Ids and pixels against transformers' image processor, run on the original image."""
+    images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    loaded = load(parquet(tmp_path / "a.parquet", [row(*images)]), either)
+    got = data.prompt(loaded, 0)
+    share = LIMITS["max_pixels"] // max(len(images), 1)
+    truth = reference(either, min_pixels=LIMITS["min_pixels"], max_pixels=share)
+    truth = truth(images, return_tensors="pt") if images else {"image_grid_thw": torch.empty(0, 3)}
+    grid = [tuple(int(x) for x in g) for g in truth["image_grid_thw"]]
+    pads = [g[1] * g[2] // 4 for g in grid]
+    text = ("<|im_start|>user\nLook at this first.\n"
+            + "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in pads)
+            + "Is there a pleural effusion?\nAnswer briefly.<|im_end|>\n<|im_start|>assistant\n")
+    assert got["grid"] == grid
+    assert got["ids"] == either.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded.lengths[0] == len(got["ids"])
+    assert got["ids"].count(either.image_token_id) == sum(pads)
+    assert [x.shape for x in got["images"]] == [(h * either.patch, w * either.patch, 3)
+                                                for _, h, w in grid]
+    assert all(x.dtype == np.uint8 for x in got["images"])
+    if images:
+        torch.testing.assert_close(data.patches(got["images"], either), truth["pixel_values"],
+                                   atol=1e-5, rtol=0)
+
+
+def test_patches_of_no_image(processor):
+    assert data.patches([], processor).shape == (0, 3 * 2 * 16 * 16)
+
+
+def test_images_share_max_pixels(processor, tmp_path):
+    images = [noise(600, 600, i) for i in range(4)]
+    loaded = load(parquet(tmp_path / "a.parquet", [row(*images)]), processor, min_pixels=400 * 400)
+    assert sum(h * w * 16 * 16 for _, h, w in data.prompt(loaded, 0)["grid"]) <= 512 * 512
+
+
+def test_tiny_max_pixels_still_gives_one_block_an_image(processor, tmp_path):
+    source = parquet(tmp_path / "a.parquet", [row(noise(50, 50), noise(9, 9))])
+    loaded = load(source, processor, min_pixels=0, max_pixels=1024)
+    assert data.prompt(loaded, 0)["grid"] == [(1, 2, 2), (1, 2, 2)]
+
+
+def test_image_in_text_is_text(processor, tmp_path):
+    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64), problem="Is <image> an image?")])
+    ids = data.prompt(load(source, processor), 0)["ids"]
+    assert ids.count(processor.image_token_id) == 4  # a 64 x 64 image, and no more
+    assert "Is <image> an image?" in processor.tokenizer.decode(ids)
+
+
+def test_chat_template_without_images_is_refused(processor, tmp_path):
+    folder = write_processor(tmp_path, 16)
+    (tmp_path / "chat_template.jinja").write_text(CHAT.replace("<|image_pad|>", ""))
+    with pytest.raises(AssertionError, match="0 image pads for 1 images"):
+        load(parquet(tmp_path / "a.parquet", [row(noise(64, 64))]), data.load_processor(folder))
+
+
+# images
+
+def gray16(low, high, size=64):
+    return np.linspace(low, high, size * size).reshape(size, size).astype(np.uint16)
+
+
+@pytest.mark.parametrize("high", [4095, 65535, 200])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_gray_keeps_its_range(high, kind):
+    got = np.asarray(data.decode(stored(encoded(Image.fromarray(gray16(0, high)), kind))))
+    assert got.shape == (64, 64, 3) and got.min() == 0 and got.max() == 255
+    truth = gray16(0, high) / high * 255
+    assert np.abs(got[..., 0] - truth).max() < 1
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 900, np.uint16), np.full((8, 8), -3, np.int32)])
+def test_constant_image(values):
+    with np.errstate(all="raise"):  # no division by zero
+        got = np.asarray(data.decode(stored(encoded(Image.fromarray(values), "TIFF"))))
+    assert got.shape == (8, 8, 3) and len(np.unique(got)) == 1
+
+
+def test_float_image_with_holes():
+    values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    got = np.asarray(data.decode(stored(encoded(Image.fromarray(values), "TIFF"))))
+    assert got[7, 7, 0] == 255 and 120 < got[4, 0, 0] < 135
+
+
+def turned(kind, tag):
+    """Left half red, right half blue, 40 x 20, stored as it is, to be shown turned by `tag`."""
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[274] = tag
+    return encoded(image, kind, **({"tiffinfo": {274: tag}} if kind == "TIFF" else {"exif": exif}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_exif_orientation(kind, tag):
+    image = stored(turned(kind, tag))
+    got = data.decode(image)
+    assert got.size == data.opened(image)[1] == ((20, 40) if tag >= 5 else (40, 20))
+    corners = got.getpixel((2, 2)), got.getpixel((got.width - 3, got.height - 3))
+    red_first = tag in (1, 4, 5, 6)
+    assert [x[0] > 128 for x in corners] == [red_first, not red_first]
+
+
+def test_png_exif_behind_the_pixels_is_ignored_alike():
+    plain = encoded(noise(40, 20))
+    exif = Image.Exif()
+    exif[274] = 6
+    chunk = io.BytesIO()
+    PngImagePlugin.putchunk(chunk, b"eXIf", exif.tobytes()[6:])
+    image = stored(plain[:-12] + chunk.getvalue() + plain[-12:])  # before IEND, after IDAT
+    assert Image.open(io.BytesIO(image["bytes"])).getexif()[274] == 6
+    assert data.opened(image)[1] == data.decode(image).size == (40, 20)
+
+
+def test_header_reads_no_pixels(monkeypatch):
+    images = [stored(encoded(noise(40, 20), x)) for x in ("PNG", "JPEG", "TIFF", "WEBP")]
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert [data.opened(x)[1] for x in images] == [(40, 20)] * 4
+
+
+def test_transparent_is_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    half = Image.new("LA", (8, 8), (0, 0))
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) // 8, "P")
+    palette.putpalette([1, 2, 3] * 8)
+    for file in (encoded(image), encoded(half), encoded(palette, transparency=0)):
+        assert data.decode(stored(file)).getpixel((0, 0)) == (255, 255, 255)
+    assert data.decode(stored(encoded(palette, transparency=0))).getpixel((7, 7)) == (1, 2, 3)
+    assert data.decode(stored(encoded(image))).getpixel((7, 7)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "CMYK", "L"])
+def test_resized_as_rgb(mode, processor, tmp_path):
+    """A palette or 1-bit image resized before it is RGB has no in-between colours."""
+    image = Image.new("RGB", (96, 96), "white")
+    image.paste("black", (0, 0, 45, 45))
+    image = image.convert(mode)
+    file = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    loaded = load(parquet(tmp_path / "a.parquet", [row(file)]), processor, max_pixels=64 * 64)
+    got = data.prompt(loaded, 0)["images"][0]
+    truth = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(got, np.asarray(truth)) and len(np.unique(got)) > 2
+
+
+def test_aspect_ratio_is_bad(processor, tmp_path):
+    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(noise(2010, 10))])
+    assert named(load(source, processor).bad) == [(1, "image")]
+
+
+def test_truncated_jpeg_passes_the_header_and_fails_in_prompt(processor, tmp_path):
+    file = encoded(noise(200, 200), "JPEG")
+    loaded = load(parquet(tmp_path / "a.parquet", [row(file[:len(file) // 2])]), processor)
+    assert loaded.keep == [0] and loaded.bad == []
+    with pytest.raises(data.BadRow, match=r"row 0, image: .*truncated"):
+        data.prompt(loaded, 0)
+
+
+# rows: forms of source
+
+def test_pixels_of_another_size_than_the_header_are_bad(processor, tmp_path):
+    """Pillow turns a TIFF by its XMP too, but reports the size by the TIFF tag alone."""
+    xmp = b'<x tiff:Orientation="6"/>'
+    file = encoded(noise(64, 32), "TIFF", tiffinfo={700: xmp})
+    loaded = load(parquet(tmp_path / "a.parquet", [row(file)]), processor)
+    with pytest.raises(data.BadRow, match=r"\(64, 32\).*\(32, 64\)"):
+        data.prompt(loaded, 0)
+
+
+def test_bad_rows_are_named(processor, tmp_path):
+    good = noise(64, 64)
+    rows = [row(good), row(good, problem="Hi <|im_end|>"), row(good, problem="<|image_pad|>"),
+            row(good, problem=" "), row(good, problem=None), row(good, solution="Yes"),
+            row(good, solution="<X_RAY>  "), row(good, solution="<NO_TAG> Yes"),
+            row(good, solution=None), row(b"no image"), row(), row(good, solution="<CT_SCAN>No"),
+            row(good)]
+    rows[12]["image"].append({"bytes": None, "path": None})
+    loaded = load(parquet(tmp_path / "a.parquet", rows), processor)
+    fields = {1: "problem", 2: "problem", 3: "problem", 4: "problem", 5: "solution", 6: "solution",
+              7: "solution", 8: "solution", 9: "image", 12: "image"}
+    assert dict(named(loaded.bad)) == fields
+    assert loaded.keep == [0, 10, 11] == list(loaded.lengths)
+    assert "<|im_end|>" in loaded.bad[0] and "None" in loaded.bad[-1]
+    # no memory address: ranks must agree
+    assert loaded.bad[-2].endswith("image: cannot identify image file")
+
+
+def test_too_many_bad_rows_stop(processor, tmp_path):
+    rows = [row(solution="<X_RAY> Yes" if i else "Yes") for i in range(10)]
+    source = parquet(tmp_path / "a.parquet", rows)
+    assert named(load(source, processor, max_bad_rows=0.1).bad) == [(0, "solution")]
+    with pytest.raises(ValueError, match=(
+            r"a\.parquet: 1 of 10 rows are bad, max_bad_rows=0.09 allows 0; 0 are longer"
+            r".* Mend .*row 0, solution: .*'Yes'")):
+        load(source, processor, max_bad_rows=0.09)
+    with pytest.raises(ValueError, match=r"1 of 1 rows are bad, max_bad_rows=1\.0 allows 1"):
+        load(parquet(tmp_path / "b.parquet", rows[:1]), processor)
+
+
+def test_too_long_is_filtered_and_counted(processor, tmp_path):
+    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(noise(512, 512))])
+    short, long = load(source, processor).lengths.values()
+    assert long - short == 16 * 16 - 2 * 2
+    loaded = load(source, processor, max_prompt_tokens=long - 1)
+    assert loaded.too_long == [1] and loaded.keep == [0] and loaded.bad == []
+    assert load(source, processor, max_prompt_tokens=long).too_long == []
+    with pytest.raises(ValueError, match=(
+            f"0 of 2 rows are bad.* 2 are longer than max_prompt_tokens={short - 1}.* raise")):
+        load(source, processor, max_prompt_tokens=short - 1)
+
+
+def test_clone_of_a_hub_data_set(processor, tmp_path):
+    a, b, c = (row(noise(64, 64, i), problem=f"Question {i}?") for i in range(3))
+    parquet(tmp_path / "data/train-00000-of-00002.parquet", [a])
+    parquet(tmp_path / "data/train-00001-of-00002.parquet", [b])
+    parquet(tmp_path / "data/test-00000-of-00001.parquet", [c])
+    (tmp_path / "README.md").write_text("a data set")
+    for source, questions in ((tmp_path, [0, 1]), (f"{tmp_path}@train", [0, 1]),
+                              (f"{tmp_path}@test", [2])):
+        found = [x["problem"] for x in data.read_rows(source)[0]]
+        assert found == [f"Question {i}?" for i in questions]
+    with pytest.raises(ValueError, match=r"nosuch.*test.*train"):
+        data.read_rows(f"{tmp_path}@nosuch")
+    (tmp_path / "data/train-00000-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"train.* 1 .* 2"):
+        data.read_rows(tmp_path)
+
+
+def test_folder_file_and_at_sign(tmp_path):
+    folder = tmp_path / "me@home"
+    train = parquet(folder / "train.parquet", [row(problem="train?")])
+    jsonl(folder / "test.jsonl", [{"problem": "test?", "solution": "<X_RAY> a"}])
+    for source, problem in ((folder, "train?"), (f"{folder}@test", "test?"), (train, "train?"),
+                            (f"{train}@train", "train?")):
+        assert data.read_rows(source)[0][0]["problem"] == problem
+    with pytest.raises(ValueError, match=r"'test'.*train"):
+        data.read_rows(f"{train}@test")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_forms_and_relative_paths(processor, tmp_path, name, monkeypatch):
+    folder = tmp_path / "here"
+    (folder / "scans").mkdir(parents=True)
+    for i in range(2):
+        noise(64, 64, i).save(folder / f"scans/{i}.png")
+    text = {"problem": "Is it?", "solution": "<X_RAY> a"}
+    rows = [text | {"image": "scans/0.png"}, text | {"image": ["scans/0.png", "scans/1.png"]}, text,
+            text | {"image": None}, text | {"image": []}, text | {"image": "scans/none.png"},
+            text | {"solution": 3}, text | {"image": str(folder / "scans/1.png"), "source": "x"}]
+    jsonl(folder / name, rows)
+    if name == "rows.json":
+        (folder / name).write_text(json.dumps(rows, indent=1))
+    monkeypatch.chdir(tmp_path)
+    loaded = load(f"here/{name}", processor)
+    monkeypatch.chdir("/")
+    assert loaded.keep == [0, 1, 2, 3, 4, 7]
+    assert named(loaded.bad) == [(5, "image"), (6, "solution")]
+    assert "none.png" in loaded.bad[0] and loaded.rows[7]["source"] == "x"
+    assert [len(data.prompt(loaded, i)["images"]) for i in loaded.keep] == [1, 2, 0, 0, 0, 1]
+    assert np.array_equal(data.prompt(loaded, 0)["images"][0], np.asarray(noise(64, 64, 0)))
+
+
+def test_long_json_that_changes_its_form_is_not_read_wrong(processor, tmp_path):
+    """Past 10 MB a path here and a list there become text: named, never trained blind."""
+    noise(64, 64).save(tmp_path / "a.png")
+    text = {"problem": "Is it?", "solution": "<X_RAY> a", "ballast": "x" * (1 << 20)}
+    rows = [text | {"image": "a.png"}] * 24 + [text | {"image": ["a.png"]}]
+    loaded = load(jsonl(tmp_path / "a.jsonl", rows), processor)
+    assert {*loaded.keep, *(i for i, _ in named(loaded.bad))} == set(range(25)) and loaded.keep
+    assert all(len(data.prompt(loaded, i)["images"]) == 1 for i in loaded.keep)
+
+
+@pytest.mark.parametrize("kind", ["list of structs", "struct", "path", "list of paths", "images"])
+def test_plain_parquet_forms_of_the_image_column(processor, tmp_path, kind):
+    file, full = encoded(noise(64, 64)), row(noise(64, 64))
+    (tmp_path / "a.png").write_bytes(file)
+    forms = {"struct": {"bytes": file, "path": "a"}, "path": "a.png", "list of paths": ["a.png"]}
+    full["images" if kind == "images" else "image"] = forms.get(kind, full.pop("image"))
+    loaded = load(parquet(tmp_path / "a.parquet", [full]), processor)
+    assert np.array_equal(data.prompt(loaded, 0)["images"][0], np.asarray(noise(64, 64)))
+
+
+def test_unusable_files(tmp_path):
+    cases = {"empty.jsonl": "", "empty.json": "[]", "broken.jsonl": "{x\n", "rows.csv": "problem,a",
+             "pointer.parquet": "version https://git-lfs"}
+    for name, text in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            data.read_rows(tmp_path / name)
+    source = parquet(tmp_path / "a.parquet", [{"question": "a", "solution": "b"}])
+    with pytest.raises(ValueError, match=r"problem.*question, solution"):
+        data.read_rows(source)
+    schema = pyarrow.schema([("problem", pyarrow.string()), ("solution", pyarrow.string())])
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"none.parquet"):
+        data.read_rows(tmp_path / "none.parquet")
+
+
+# the check: cache, ranks, fingerprint
+
+def cached():
+    return sorted(Path(os.environ["XDG_CACHE_HOME"], "nanomedix").glob("*"))
+
+
+def facts(loaded):
+    return loaded.keep, loaded.lengths, loaded.bad, loaded.too_long, loaded.fingerprint
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The headers that load() opens, one entry each: empty where it takes the cached lengths."""
+    seen, opened = [], data.opened
+    monkeypatch.setattr(data, "opened", lambda image: seen.append(image) or opened(image))
+    return seen
+
+
+def test_cache(processor, tmp_path, checked, monkeypatch):
+    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(noise(128, 128))])
+
+    def fresh(processor=processor, **more):
+        checked.clear()
+        loaded = load(source, processor, **more)
+        return bool(checked), facts(loaded)
+
+    first, answer = fresh()
+    assert first and fresh() == (False, answer)
+    assert [x.suffix == ".json" for x in cached()] == [True]
+    spoken, longer = (data.load_processor(write_processor(tmp_path / x, 16)) for x in "ab")
+    spoken.tokenizer.chat_template = CHAT + "!"
+    longer.tokenizer.add_tokens(["!new"])
+    one_an_image = processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    others = [SimpleNamespace(**{**vars(processor), key: value}) for key, value in (
+        ("patch", 8), ("merge", 1), ("image_token_id", one_an_image))]
+    for change in ({"max_pixels": 32 * 32 * 9}, {"min_pixels": 99 * 99}, {"tags": ("X_RAY",)},
+                   {"template": "{question}"},
+                   *[{"processor": x} for x in (spoken, longer, *others)]):
+        assert fresh(**change)[0] and not fresh(**change)[0], change
+    code = tmp_path / "data.py"
+    code.write_text(Path(data.__file__).read_text() + "# changed\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "__file__", str(code))
+        assert fresh() == (True, answer) and fresh() == (False, answer)
+    parquet(Path(source), [row(noise(64, 96)), row(noise(128, 128))])
+    again, changed = fresh()
+    assert again and changed[1][0] == answer[1][0] + 2 and changed[-1] != answer[-1]
+
+
+def test_cache_serves_any_max_prompt_tokens(processor, tmp_path, checked):
+    source = parquet(tmp_path / "a.parquet", [row(noise(512, 512)), row(noise(64, 64))])
+    long, short = load(source, processor).lengths.values()
+    checked.clear()
+    loaded = load(source, processor, max_prompt_tokens=long - 1)
+    assert not checked and (loaded.lengths, loaded.too_long) == ({1: short}, [0])
+
+
+def test_bad_rows_are_not_cached(processor, tmp_path):
+    """So a mended image file is seen, though the data file that names it is the same."""
+    source = jsonl(tmp_path / "a.jsonl", [
+        {"problem": "a?", "solution": "<X_RAY> a", "image": name} for name in ("a.png", "b.png")])
+    noise(64, 64).save(tmp_path / "a.png")
+    first = load(source, processor)
+    assert first.keep == [0] and named(first.bad) == [(1, "image")] and not cached()
+    noise(64, 64).save(tmp_path / "b.png")
+    second = load(source, processor)
+    assert second.keep == [0, 1] and second.fingerprint != first.fingerprint and len(cached()) == 1
+
+
+def test_image_file_changed_since_the_check_is_bad_in_prompt(processor, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [
+        {"problem": "a?", "solution": "<X_RAY> a", "image": "a.png"}])
+    noise(64, 64).save(tmp_path / "a.png")
+    load(source, processor)
+    noise(128, 64).save(tmp_path / "a.png")
+    loaded = load(source, processor)  # from the cache
+    n = loaded.lengths[0]
+    with pytest.raises(data.BadRow, match=f"row 0, image: changed, {n + 4} .* instead of {n}"):
+        data.prompt(loaded, 0)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(data.BadRow, match=r"row 0, image: .*a\.png"):
+        data.prompt(loaded, 0)
+
+
+def ranks(world, source, processor, **more):
+    """load() on `world` threads whose gather waits for all of them, as a process group would.
+
+    -> each rank's answer, or the ValueError that it raised."""
+    box, wall, got = [None] * world, threading.Barrier(world, timeout=60), [None] * world
+
+    def work(rank):
+        def gather(obj):
+            box[rank] = json.dumps(obj)
+            wall.wait()
+            everyone = [json.loads(x) for x in box]
+            wall.wait()
+            return everyone
+        try:
+            got[rank] = load(source, processor, rank=rank, world=world, gather=gather, **more)
+        except ValueError as error:
+            got[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    [x.start() for x in threads]
+    [x.join() for x in threads]
+    return got
+
+
+def sizes(n):
+    return [row(noise(40 + 30 * i, 64, i)) for i in range(n)]
+
+
+def test_ranks_agree(processor, tmp_path, checked):
+    rows = [x | {"solution": "<X_RAY> a" if i % 4 else "a"} for i, x in enumerate(sizes(7))]
+    source = parquet(tmp_path / "a.parquet", rows)
+    limit = max(load(source, processor).lengths.values()) - 1
+    alone = load(source, processor, max_prompt_tokens=limit)
+    assert alone.bad and alone.too_long and alone.keep
+    checked.clear()
+    for loaded in ranks(3, source, processor, max_prompt_tokens=limit):
+        assert facts(loaded) == facts(alone)
+    assert len(checked) == 5  # the rows with a tag: each on one rank only
+
+
+def test_ranks_agree_on_the_cache(processor, tmp_path, checked, monkeypatch):
+    source = parquet(tmp_path / "a.parquet", sizes(7))
+    first = ranks(3, source, processor)
+    assert len(checked) == 7 and len(cached()) == 1
+    alone = load(source, processor)
+    again = ranks(3, source, processor)
+    assert len(checked) == 7
+    assert [facts(x) for x in first] == [facts(x) for x in again] == [facts(alone)] * 3
+    # one rank of three does not have it: all check anew, none is left waiting
+    seen, read_text, lock = [], Path.read_text, threading.Lock()
+
+    def absent_once(path, *args, **kwargs):
+        with lock:
+            if path.parent.name == "nanomedix":
+                seen.append(path)
+                if len(seen) == 2:
+                    raise FileNotFoundError(path)
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", absent_once)
+    assert [facts(x) for x in ranks(3, source, processor)] == [facts(alone)] * 3
+    assert len(checked) == 14 and len(seen) == 3
+
+
+def test_a_damaged_cache_is_made_anew(processor, tmp_path, checked):
+    source = parquet(tmp_path / "a.parquet", sizes(3))
+    first = load(source, processor)
+    cached()[0].write_text("[48, 4")
+    assert facts(load(source, processor)) == facts(first) and len(checked) == 6
+    assert json.loads(cached()[0].read_text()) == list(first.lengths.values())
+
+
+def test_ranks_stop_alike(processor, tmp_path):
+    rows = [x | {"solution": "<X_RAY> a" if i else "a"} for i, x in enumerate(sizes(4))]
+    source = parquet(tmp_path / "a.parquet", rows)
+    for more, said in (({"max_bad_rows": 0.0}, "row 0, solution"),
+                       ({"max_prompt_tokens": 1}, "3 are longer than max_prompt_tokens=1")):
+        one, *others = [str(x) for x in ranks(3, source, processor, **more)]
+        assert said in one and others == [one, one]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_fingerprint_is_of_the_content_not_the_place(processor, tmp_path, name):
+    write = parquet if name == "a.parquet" else jsonl
+    rows = [{"problem": f"{i}?", "solution": "<X_RAY> Yes", "image": f"{i}.png"} for i in (0, 1)]
+    for folder in (tmp_path / "here", tmp_path / "other"):
+        folder.mkdir()
+        for i in (0, 1):
+            noise(64, 64 + 64 * i).save(folder / f"{i}.png")
+    source = write(tmp_path / "here" / name, rows)
+    here, copy = load(source, processor), tmp_path / "other" / f"copy-of-{name}"
+    shutil.copy(source, copy)
+    assert load(copy, processor).fingerprint == here.fingerprint and len(here.fingerprint) == 64
+    fewer = load(source, processor, max_prompt_tokens=min(here.lengths.values()))
+    assert fewer.keep == [0] and fewer.fingerprint != here.fingerprint
+    for change in (rows[::-1], [rows[0], rows[1] | {"solution": "<X_RAY> No"}], rows + rows[:1],
+                   [rows[0], rows[1] | {"problem": "2?"}], [rows[0], rows[1] | {"image": "0.png"}]):
+        changed = load(write(tmp_path / "here" / name, change), processor)
+        assert len(changed.keep) == len(change) and changed.fingerprint != here.fingerprint
+
+
+def test_fingerprint_sees_the_image_bytes(processor, tmp_path, monkeypatch):
+    """Also where small data sets are kept in memory, without a file to hash."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
+    found = [load(parquet(tmp_path / "a.parquet", [row(noise(64, 64, i))]), processor).fingerprint
+             for i in (0, 1)]
+    assert len(set(found)) == 2
+
+
+# order
+
+def test_order_is_a_permutation_of_seed_and_epoch():
+    for start in (0, 50):
+        assert sorted(data.order(50, 1, start, 50)) == list(range(50))
+    orders = [tuple(data.order(50, seed, start, 50)) for seed in (1, 2) for start in (0, 50)]
+    assert len(set(orders)) == 4
+    data.permutation.cache_clear()
+    again = data.order(50, 7, 150, 50)
+    assert again == np.random.default_rng([7, 3]).permutation(50).tolist()
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 20])
+def test_order_runs_through_the_epochs(k):
+    """Taken k at a time, whatever was taken before: nothing is lost or repeated at a border."""
+    whole = [i for epoch in range(8) for i in data.permutation(7, 5, epoch)]
+    got = []
+    while len(got) + k <= len(whole):
+        got += data.order(7, 5, len(got), k)
+        data.permutation.cache_clear()
+    assert got == whole[:len(got)] and len(got) > 7 * 4
+
+
+# real data
+
+@real
+def test_real_rows_are_all_good(processor):
+    loaded = load(REAL / "medix_real_train.parquet", processor, max_bad_rows=0.0)
+    assert len(loaded.keep) == 376 and loaded.bad == [] == loaded.too_long
+    for i in (0, 100, 375):
+        got = data.prompt(loaded, i)
+        assert data.patches(got["images"], processor).shape == (
+            sum(h * w for _, h, w in got["grid"]), 3 * 2 * 16 * 16)
+
+
+@real
+def test_real_test_split_is_not_train():
+    with pytest.raises(ValueError, match="no split 'train'"):
+        data.read_rows(REAL)
+    assert len(data.read_rows(f"{REAL}@medix_real_test")[0]) == 96

@@ -1,0 +1,229 @@
+"""Phantoms (drawn medical images) and a tiny Qwen3-VL that already sees them: no download, no GPU.
+
+    python tiny.py [--out out/tiny_start] [--seed 1]   # or --sheet FILE: only a picture of them
+
+60 % of the model's lessons ended, after true thinking, in one habitual answer instead of the true
+one. So it knows more than it says, and reinforcement learning can bring that out.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+import data
+
+TAGS = {"chest x-ray": "X_RAY", "ct scan": "CT_SCAN", "mri scan": "MRI_SCAN",
+        "ultrasound": "ULTRASOUND", "fundus photograph": "FUNDUS_PHOTOGRAPHY",
+        "histology slide": "MICROSCOPY", "oct scan": "OCT_SCAN", "mammogram": "MAMMOGRAPHY"}
+RADIUS = {"small": 0.1, "medium": 0.18, "large": 0.29}  # a picture reaches from -1 to 1
+PLACES = ["upper left", "upper right", "lower left", "lower right"]
+KINDS = {"modality": ("What imaging modality is this?", [*TAGS]),
+         "place": ("Where is the lesion?", PLACES), "size": ("How large is the lesion?", [*RADIUS]),
+         "tone": ("Is the lesion bright or dark?", ["bright", "dark"])}
+COLOURS = {"FUNDUS_PHOTOGRAPHY": ((20, 0, 0), (205, 88, 32), (255, 240, 170)),
+           "MICROSCOPY": ((45, 10, 85), (165, 80, 165), (255, 240, 250))}  # of black, grey, white
+SHAPES = {  # soft ellipses, in hundredths: grey value, centre x and y, half width and height
+    "X_RAY": [(66, 0, 75, 120, 175), (16, 16, 30, 32, 32), (-46, -45, 0, 36, 75),
+              (-46, 45, 0, 36, 75)],
+    "CT_SCAN": [(55, 0, 0, 95, 80), (-30, 0, 0, 90, 75), (16, 0, 0, 78, 64), (13, -38, -8, 38, 45),
+                (16, 50, 10, 18, 30), (30, 10, 22, 9, 9), (50, 0, 48, 17, 15)],
+    "MRI_SCAN": [(75, 0, 0, 78, 97), (-75, 0, 0, 73, 92), (60, 0, 0, 67, 86)],
+    "FUNDUS_PHOTOGRAPHY": [(52, 0, 0, 95, 95), (-6, -10, 0, 25, 25), (48, 62, 0, 15, 18)],
+    "MAMMOGRAPHY": [(28, -100, 5, 172, 95), (-15, -100, 5, 166, 89), (30, 73, 5, 6, 8)]}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>"]  # ids 0 to 6
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{{ part.text if 'text' in part else '<|vision_start|><|image_pad|><|vision_end|>' }}"
+        "{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def line(distance, width):
+    """1 where `distance` is 0, fading to 0."""
+    return np.exp(-((distance / width) ** 2))
+
+
+def anatomy(tag, rng):
+    """A picture without its lesion: grey values, 0 to 1, (64, 64)."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j] + rng.uniform(-0.04, 0.04, (2, 1, 1))
+    x *= rng.choice((-1, 1)) if tag in ("FUNDUS_PHOTOGRAPHY", "MAMMOGRAPHY") else 1  # left, right
+    wave, angle, grey = rng.uniform(-3, 3), np.arctan2(y, x), 0.02 * rng.standard_normal(x.shape)
+    for value, cx, cy, a, b in np.array(SHAPES.get(tag, [])) / 100:
+        edge = (1 - np.hypot((x - cx) / a, (y - cy) / b)) * min(a, b)
+        grey += value * np.clip(0.5 + edge / 0.06, 0, 1)
+    if tag == "X_RAY":  # ribs and spine
+        grey += 0.16 * line(x, 0.1) + 0.1 * line(np.sin(8 * y - 3.6 * abs(x) + wave), 0.45)
+    elif tag == "CT_SCAN":  # ribs in the wall
+        ribs = np.cos(11 * angle + wave) > 0.4
+        grey += 0.5 * ribs * line(np.hypot(x / 0.8, y / 0.67) - 1, 0.05)
+    elif tag == "MRI_SCAN":  # a folded cortex and two ventricles
+        folds = line(np.sin(13 * angle + 2 * np.sin(5 * angle + wave)), 0.5)
+        folds *= np.clip(3 * np.hypot(x / 0.68, y / 0.87) - 1.9, 0, 1)
+        horns = line(np.hypot((abs(x) - 0.1 - 0.15 * abs(y)) / 0.07, y / 0.32) ** 2, 1)
+        grey *= 1 - 0.5 * folds - 0.75 * horns
+    elif tag == "ULTRASOUND":  # a fan of speckle with curved echoes
+        deep, side = np.hypot(x, y + 1.5), np.arctan2(x, y + 1.5)
+        echo = 0.35 + 0.4 * line(np.sin(3.4 * deep + np.sin(3 * side + wave) + wave), 0.4)
+        grey = echo * (abs(deep - 1.5) < 0.95) * (abs(side) < 0.66) * rng.gamma(4, 1 / 4, x.shape)
+    elif tag == "FUNDUS_PHOTOGRAPHY":  # vessels arching out of the pale disc
+        along = np.clip(0.62 - x, 0, None)
+        for bow, bend in ((0.62, 0.5), (0.6, 1), (0.25, 1.6)):
+            path = bow * along**bend + 0.07 * np.sin(6 * along + wave) * along
+            grey -= 0.2 * line(abs(y) - path, 0.04) * (along > 0)
+    elif tag == "MICROSCOPY":  # purple nuclei in pink cells with pale walls
+        cells = np.mgrid[-1:1:6j, -1:1:6j] + rng.uniform(-0.13, 0.13, (2, 6, 6))
+        cy, cx = cells.reshape(2, 36, 1, 1)
+        far = np.partition(np.hypot(y - cy, x - cx), 1, 0)  # (36, 64, 64), the two nearest first
+        nuclei = np.clip((rng.uniform(0.09, 0.13) - far[0]) / 0.05, 0, 1)
+        grey += 0.68 - 0.4 * nuclei + 0.16 * line(far[1] - far[0], 0.05)
+    elif tag == "OCT_SCAN":  # layers below the dark vitreous, dipping at the fovea
+        depth = y - 0.28 * line(x, 0.3) * np.clip(0.75 - y / 2, 0, 1) + 0.03 * wave * x
+        layers = np.array((5, 5, 70, 70, 40, 45, 20, 25, 60, 25, 20, 20, 75, 30, 95, 50, 40, 20))
+        grey = np.interp(depth * 14 + 9, range(18), layers / 100) * rng.gamma(9, 1 / 9, x.shape)
+    else:  # strands that run to the nipple
+        strands = 9 * np.arctan2(y, x - 0.8) + np.sin(5 * x + wave) + np.sin(4 * y + 2 * wave)
+        strands = line(np.sin(strands), 0.5) * line(np.hypot(x + 0.2, y), 0.9)
+        grey += 0.3 * strands * (grey > 0.07)
+    return np.clip(grey, 0, 1)
+
+
+def phantom(*key, **given):
+    """Integers -> dict(image (64, 64, 3) uint8, tag, asked: one of KINDS, a fact for each kind)."""
+    rng = np.random.default_rng(key)
+    p = {kind: str(rng.choice(answers)) for kind, (_, answers) in KINDS.items()} | given
+    p |= {"tag": TAGS[p["modality"]], "asked": str(rng.choice([*KINDS]))}
+    x, y = rng.uniform(0.28, 0.5, 2) * [-1 if w in p["place"] else 1 for w in ("left", "upper")]
+    grid, grey = np.linspace(-1, 1, 64), anatomy(p["tag"], rng)
+    outside = np.hypot(grid - x, grid[:, None] - y) - RADIUS[p["size"]]
+    for value, reach in zip((0.12, 0.95) if p["tone"] == "bright" else (0.8, 0.04), (0.09, 0.025)):
+        grey += (value - grey) * np.clip((reach - outside) / 0.05, 0, 1)  # a rim, then the lesion
+    colours = zip(*COLOURS.get(p["tag"], ((0, 0, 0), (127, 127, 127), (255, 255, 255))))
+    image = np.stack([np.interp(grey, (0, 0.5, 1), colour) for colour in colours], -1)
+    return p | {"image": image.astype(np.uint8)}
+
+
+def write_rows(path, phantoms):
+    """Parquet with the columns of MBZUAI/medix-rl-data, for example solution = "<X_RAY> small"."""
+    png = datasets.Image()
+    rows = [{"id": f"{path.stem}_{i}", "image": [png.encode_example(p["image"])],
+             "source": "phantom", "problem": KINDS[p["asked"]][0],
+             "solution": f"<{p['tag']}> {p[p['asked']]}"} for i, p in enumerate(phantoms)]
+    features = dict.fromkeys(rows[0], datasets.Value("string")) | {"image": [png]}
+    datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet(path)
+
+
+def response(p, habitual=False):
+    """What the model learns to write: the thinking is always true, the answer may be a habit."""
+    answer = min(KINDS[p["asked"]][1]) if habitual else p[p["asked"]]  # the alphabetically first
+    return (f"<{p['tag']}><thinking>{p['modality']}. {p['size']} {p['tone']} lesion, {p['place']}."
+            f"</thinking><answer>{answer}</answer><|im_end|>")
+
+
+def build(folder, texts):
+    """Save a tokenizer trained on texts, image settings and a random Qwen3-VL of 0.6M weights."""
+    bpe, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # all 256 bytes: any text can be encoded
+        vocab_size=372, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[2],
+                                        pad_token=SPECIAL[0], chat_template=CHAT)
+    marks = ("thinking", "/thinking", "answer", "/answer", *TAGS.values())
+    tokenizer.add_tokens([f"<{mark}>" for mark in marks])  # not special: a decoded text keeps them
+    size = {"hidden_size": 64, "intermediate_size": 192, "initializer_range": 0.08}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,  # vLLM refuses 16
+            "tie_word_embeddings": True, "rope_parameters": rope | {"mrope_interleaved": True}}
+    vision = {"depth": 2, "num_heads": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
+              "deepstack_visual_indexes": [0, 1]}
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=text | size, vision_config=vision | size, tie_word_embeddings=True,
+        vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6))
+    torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
+    model.generation_config.update(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3,
+              "image_std": [0.5] * 3, "size": {"shortest_edge": 64**2, "longest_edge": 1024**2},
+              "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class":
+              "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / name).write_text(json.dumps(images, indent=2))
+    return model
+
+
+def warm_up(model, processor, phantoms, rng, iterations):
+    """Supervised steps on 32 phantoms each; 60 % of the lessons teach the habit."""
+    ids, labels, n = [], [], len(phantoms)
+    for habitual in (False, True):  # rows 0 to n - 1 and n to 2 n - 1
+        for p in phantoms:
+            prompt = data.prompt_ids(processor, "{question}", KINDS[p["asked"]][0], [(1, 4, 4)])
+            reply = processor.tokenizer.encode(response(p, habitual))
+            ids.append(torch.tensor(prompt + reply))
+            labels.append(torch.tensor([-100] * len(prompt) + reply))
+    ids, labels = pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100)
+    pixels = data.patches([p["image"] for p in phantoms], processor).view(n, 16, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    for i in trange(iterations, desc="warm-up", mininterval=1):
+        seen = rng.choice(n, 32, replace=False)
+        rows = seen + n * (rng.random(32) < 0.6)  # anew, or they are learnt by heart
+        loss = model(ids[rows], labels=labels[rows], pixel_values=pixels[seen].flatten(0, 1),
+                     image_grid_thw=torch.tensor([[1, 4, 4]] * 32),
+                     mm_token_type_ids=(ids[rows] == processor.image_token_id).int()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (i + 1) / 20) * (1 - 0.9 * i / iterations)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"warm-up loss {loss.item():.3f}")
+
+
+def sheet(path):
+    """A picture of three phantoms of each modality, with what can be said about them."""
+    figure, axes = plt.subplots(3, 8, figsize=(12, 5.8), layout="constrained")
+    for i, ax in enumerate(axes.flat):
+        p = phantom(2, i, modality=[*TAGS][i % 8])
+        ax.imshow(p["image"], interpolation="bicubic")
+        ax.set_title(f"<{p['tag']}>" if i < 8 else "", fontsize=8)
+        ax.set_xlabel(f"{p['size']} {p['tone']} lesion,\n{p['place']}", fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sheet")
+    parser.add_argument("--out", type=Path, default="out/tiny_start")
+    for name, default in (("seed", 1), ("rows", 4096), ("iterations", 600)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    if args.sheet:
+        return sheet(args.sheet)
+    done, settings = args.out / "done.json", json.dumps([args.seed, args.rows, args.iterations])
+    if done.exists() and done.read_text() == settings:
+        return print(f"{args.out} is complete already; delete it to build it again")
+    (args.out / "data").mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # so small that two gain a third when idle, and lose tenfold when not
+    train = [phantom(1, args.seed, i) for i in range(args.rows)]
+    write_rows(args.out / "data/train.parquet", train)
+    write_rows(args.out / "data/val.parquet", [phantom(0, i) for i in range(512)])  # for any seed
+    model = build(args.out / "model", (KINDS[p["asked"]][0] + response(p) for p in train))
+    processor, rng = data.load_processor(args.out / "model"), np.random.default_rng(args.seed)
+    warm_up(model, processor, train, rng, args.iterations)
+    model.save_pretrained(args.out / "model")
+    done.write_text(settings)  # last, so that an interrupted run is done again
+
+
+if __name__ == "__main__":
+    main()

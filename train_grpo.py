@@ -1,0 +1,370 @@
+"""Train a vision-language model on medical image questions with GRPO (arXiv 2402.03300).
+
+    torchrun --nproc_per_node 2 train_grpo.py configs/tiny.py --learning_rate=1e-4
+
+A step: weights -> engine -> a group of responses to each prompt -> rewards -> advantages within
+each group -> packed rows -> updates. main() at the end is that loop."""
+
+import os
+import resource
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import common
+import data
+import loss as objective
+import policy
+import reward
+import rollout
+
+defaults = dict(
+    model="",  # folder or hub id of a Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
+    train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
+    prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
+    out_dir="out/grpo", seed=1, log="",  # log: "", "wandb" or "tensorboard", beside metrics.jsonl
+    steps=0, epochs=2,  # steps = 0: as many as the epochs need
+    prompts_per_step=512, group_size=5, updates_per_step=4, tokens_per_micro_batch=16384,
+    max_prompt_tokens=4352, max_response_tokens=4096,
+    min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
+    max_bad_rows=0.01, val_prompts=0,  # a share of the rows; 0: all of val_data
+    temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
+    learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
+    loss="grpo", loss_mean="token",  # "grpo", "gspo" or "cispo"; mean over "token" or "sequence"
+    clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0, kl_coef=0.01,
+    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False, engine="torch",
+    engine_args={},  # torch: max_num_seqs, the responses that are decoded at once
+    judge="exact", embedder="ngram", embed_threshold=0.8, embed_soft=False,
+    weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
+    validate_every=5, save_every=5, keep_checkpoints=3,
+    accept_changes=False,  # let a restarted run change settings that shape the training
+)
+CHOICES = dict(loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("torch",),
+               dtype=("bfloat16", "float32"), log=("", "wandb", "tensorboard"))
+POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
+            "learning_rate", "validate_every", "save_every", "keep_checkpoints")
+SHOWN = ("reward/overall", "val/reward/overall", "val_sampled/reward/overall", "groups/kept",
+         "entropy", "time/step")  # not the loss, which is about 0
+
+
+def check(cfg, world):
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    c, longest = cfg, cfg.max_prompt_tokens + cfg.max_response_tokens
+    rules = {
+        **{f"{k}={getattr(c, k)!r} must be one of {v}": getattr(c, k) in v
+           for k, v in CHOICES.items()},
+        **{f"{k} is not set: add it to the config, or --{k}=": getattr(c, k)
+           for k in ("model", "train_data", "val_data")},
+        **{f"{k}={getattr(c, k)} must be above 0": getattr(c, k) > 0 for k in POSITIVE},
+        "steps and epochs are 0: set one of them above 0": c.steps > 0 or c.epochs > 0,
+        f"group_size={c.group_size} must be at least 2 to compare responses": c.group_size > 1,
+        f"prompts_per_step={c.prompts_per_step} must be at least the number of ranks, {world}":
+            c.prompts_per_step >= world,
+        f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
+        f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
+        f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
+        f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
+    for message in (message for message, kept in rules.items() if not kept):
+        raise ValueError(message)
+
+
+def set_up(cfg):
+    """Settings -> all that a run needs; what is wrong is said before any weight is loaded."""
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    cfg.prompt_template = data.read_template(cfg.prompt_template)
+    run = SimpleNamespace(cfg=cfg, times={}, engine_updates=None)
+    run.scorer = reward.load(cfg)
+    run.rank, run.world, run.device = common.start()
+    run.processor = data.load_processor(cfg.model)
+    run.train, run.val = (
+        data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
+        for source in (cfg.train_data, cfg.val_data))
+    val_prompts = min(cfg.val_prompts or len(run.val.keep), len(run.val.keep))
+    run.val_rows = [run.val.keep[i] for i in data.order(len(run.val.keep), 0, 0, val_prompts)]
+    run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
+    if run.rank == 0:
+        print_arithmetic(run)
+    latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
+
+    run.model = policy.load(cfg, run.device)
+    run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
+    run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
+    patches = partial(data.patches, processor=run.processor, device=run.device)
+    run.engine = rollout.load(cfg, run.device, patches)
+    run.state = {"step": 0, "updates": 0, "cursor": 0, "bad_rows": [], "not_finite": 0,
+                 "best": None}  # what a checkpoint keeps beside weights and moments
+    if latest:
+        run.state = policy.load_checkpoint(latest, run.model, run.optimizer)
+    run.dashboard = run.rank == 0 and common.dashboard(cfg)
+    return run
+
+
+def print_arithmetic(run):
+    """Say in numbers what the settings mean."""
+    cfg, size, updates = run.cfg, run.cfg.group_size, run.cfg.updates_per_step
+    for name, rows in (("train", run.train), ("val", run.val)):
+        print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
+              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
+        print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
+    responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
+    print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
+          f"{run.world} ranks; {updates} updates of {responses // updates} responses")
+    print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
+          f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
+
+
+def decode(rows, row):
+    """The prompt of a row with its images; None, and said, if its pixels cannot be read."""
+    try:
+        return data.prompt(rows, row)
+    except data.BadRow as error:
+        print(f"skipped {error}", flush=True)
+
+
+def next_prompts(run, step):
+    """This rank's prompts of a step; slot s of the step belongs to rank s % world.
+
+    Rows come in the order of (seed, epoch, cursor). Where a row's pixels turn out to be unreadable
+    the next row takes its slot, on all ranks alike, so a step does not depend on their number."""
+    cfg, state, keep = run.cfg, run.state, run.train.keep
+    rows, prompts, empty = {}, {}, range(cfg.prompts_per_step)
+    while empty:
+        rows |= {slot: keep[i] for slot, i in zip(empty, data.order(
+            len(keep), cfg.seed, state["cursor"], len(empty)))}
+        state["cursor"] += len(empty)
+        prompts |= {s: decode(run.train, rows[s]) for s in empty if s % run.world == run.rank}
+        failed = common.gather([s for s, prompt in prompts.items() if prompt is None])
+        empty = sorted(sum(failed, []))
+        state["bad_rows"] = sorted({*state["bad_rows"], *(rows[s] for s in empty)})
+        bad = len(state["bad_rows"]) + len(run.train.bad)
+        if bad > cfg.max_bad_rows * len(run.train.rows):
+            raise ValueError(f"{bad} of {len(run.train.rows)} rows are bad, above max_bad_rows="
+                             f"{cfg.max_bad_rows}: mend the rows named above, or raise it")
+    for slot, prompt in prompts.items():  # a row that comes twice in a step is two draws
+        draw = sum(rows[s] == rows[slot] for s in range(slot))
+        prompt |= {"slot": slot, "seed": common.seed_of(cfg.seed, step, rows[slot], draw)}
+    return list(prompts.values())
+
+
+def sample(run, prompts, **sampling):
+    """Groups: prompts with "responses", dicts of ids, logprobs, finish_reason, text and parts.
+
+    Each group is scored as soon as its last response is done, while others still decode."""
+    if run.engine_updates != run.state["updates"]:
+        with common.timed(run.times, "sync"):
+            rollout.sync(run.engine, policy.named_weights(run.model))
+        run.engine_updates = run.state["updates"]
+    groups, sampling["max_tokens"] = [None] * len(prompts), run.cfg.max_response_tokens
+    with common.timed(run.times, "rollout"):
+        for i, responses in rollout.generate(run.engine, prompts, **sampling):
+            ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
+            texts, prompt = [run.processor.tokenizer.decode(x) for x in ids], prompts[i]
+            with common.timed(run.times, "reward_wait"):
+                parts = reward.score(run.scorer, prompt["problem"], prompt["solution"], texts)
+            groups[i] = prompt | {"responses": [
+                r | {"text": t, "parts": p} for r, t, p in zip(responses, texts, parts)]}
+    return groups
+
+
+def add_advantages(groups):
+    """Advantages from `overall`, in place; a group with an unscored response has none: dropped."""
+    for group in groups:
+        rewards = [r["parts"]["overall"] for r in group["responses"]]
+        advantages = torch.zeros(len(rewards))
+        if None not in rewards:
+            advantages = objective.group_advantages(torch.tensor([rewards]))[0]
+        group |= {"scored": None not in rewards, "kept": bool(advantages.any())}
+        for r, advantage in zip(group["responses"], advantages.tolist()):
+            r["advantage"] = advantage
+
+
+def response_metrics(groups):
+    """reward/*, response_tokens/* and prompt_tokens/mean: means over the responses of all ranks."""
+    responses = [r for g in groups for r in g["responses"]]
+    scored = [r["parts"] for r in responses if r["parts"]["overall"] is not None]
+    lengths = [len(r["ids"]) for r in responses]
+    return common.means({
+        **{f"reward/{name}": [parts[name] for parts in scored]
+           for name in ("overall", "judge", "embed", "modality", "format")},
+        "reward/unscored": [r["parts"]["overall"] is None for r in responses],
+        "response_tokens/mean": lengths, "prompt_tokens/mean": [len(g["ids"]) for g in groups],
+        "response_tokens/truncated": [r["finish_reason"] == "length" for r in responses],
+    }) | {"response_tokens/max": max(common.gather(max(lengths, default=0)))}
+
+
+def group_metrics(groups):
+    """groups/*: counts over all ranks."""
+    judged = [[r["parts"]["judge"] for r in g["responses"]] for g in groups if g["scored"]]
+    return common.total({
+        "groups/sampled": len(groups), "groups/kept": sum(g["kept"] for g in groups),
+        "groups/zero_std": sum(g["scored"] and not g["kept"] for g in groups),
+        "groups/all_right": sum(min(j) == 1 for j in judged),
+        "groups/all_wrong": sum(max(j) == 0 for j in judged)})
+
+
+def plan_update(run, groups, update):
+    """An update's rows on this rank, and its tokens and responses on all ranks. Groups of equal
+    rewards teach nothing: without a KL term they skip the forward, but they count."""
+    cfg, prompts = run.cfg, run.cfg.prompts_per_step // run.cfg.updates_per_step
+    scored = [g for g in groups if g["slot"] // prompts == update and g["scored"]]
+    trained = [g for g in scored if g["kept"] or cfg.kl_coef]
+    rows = policy.build_rows(run.model, trained, cfg.tokens_per_micro_batch, spare=groups[0])
+    lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
+    counts = common.total({"tokens": sum(lengths), "responses": len(lengths)})
+    return SimpleNamespace(rows=rows, **counts)
+
+
+def add_logprobs(run, updates, model, key):
+    """Every row's log-probs under a model as it is now: for the ratio, or the KL term."""
+    with common.timed(run.times, key), torch.no_grad():
+        for row in (row for update in updates for row in update.rows):
+            row[key], _ = policy.logprobs(model, row, run.engine.patches(row["images"]),
+                                          run.cfg.temperature, run.engine.banned)
+
+
+def backward(run, update, row):
+    """Add a row's gradient; returns its sums for the log and its largest engine gap."""
+    cfg = run.cfg
+    logprobs, entropy = policy.logprobs(run.model, row, run.engine.patches(row["images"]),
+                                        cfg.temperature, run.engine.banned)
+    old_logprobs = row.get("old_logprobs", logprobs.detach())
+    advantages, engine_logprobs, mask = (
+        row[k].to(logprobs.device) for k in ("advantage", "logprobs", "mask"))
+    token_loss, clipped = objective.policy_loss(
+        logprobs, old_logprobs, advantages, mask, cfg.loss,
+        cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_dual)
+    kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
+    weights = row["weight"] * objective.token_weights(
+        mask, cfg.loss_mean, update.tokens, update.responses)
+    # FSDP averages gradients over ranks, but these weights sum to 1 over all of them already.
+    ((token_loss + cfg.kl_coef * kl) * weights).sum().mul(run.world).backward()
+    counted = mask * row["weight"]
+    gap = (engine_logprobs - old_logprobs).abs() * counted
+    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
+            "entropy": entropy * counted, "engine_gap/mean": gap,
+            **{f"clip_frac/{k}": v * counted for k, v in clipped.items()}}
+    sums = {k: v.sum().item() for k, v in sums.items()}
+    sums["packed"] = row["input_ids"].numel() * row["weight"]
+    sums["alone"] = sum(p + n for p, lengths in row["segments"] for n in lengths) * row["weight"]
+    return sums, gap.max().item()
+
+
+def train(run, groups):
+    """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""
+    cfg, state = run.cfg, run.state
+    updates = [plan_update(run, groups, u) for u in range(cfg.updates_per_step)]
+    if cfg.updates_per_step > 1:  # a single update's own log-probs are the old ones
+        add_logprobs(run, updates, run.model, "old_logprobs")
+    if cfg.kl_coef:
+        add_logprobs(run, updates, run.reference, "ref_logprobs")
+    done, gaps, norms = [], [0.0], []
+    with common.timed(run.times, "update"):
+        for update in [u for u in updates if u.rows]:  # no group to learn from: no step
+            for row in update.rows:
+                sums, gap = backward(run, update, row)
+                done.append(sums)
+                gaps.append(gap)
+            state["updates"] += 1
+            lr = cfg.learning_rate * min(1.0, state["updates"] / max(cfg.warmup_updates, 1))
+            norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
+            state["not_finite"] = 0 if norms[-1] < float("inf") else state["not_finite"] + 1
+            if state["not_finite"] == 3:
+                raise RuntimeError("3 gradients in a row were not finite: lower learning_rate and "
+                                   "look at the last rollouts; the last checkpoint is unharmed")
+    metrics = {"updates_skipped": cfg.updates_per_step - sum(n < float("inf") for n in norms)}
+    if norms:
+        sums = common.total({k: sum(s[k] for s in done) for k in done[0]})
+        metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms),
+                    "engine_gap/max": max(common.gather(max(gaps))),
+                    "perf/packing_saving": sums.pop("alone") / sums.pop("packed")}
+        per = {k: len(norms) if k.startswith("loss/") else sums["tokens"] for k in sums}
+        metrics |= {k: v / per[k] for k, v in sums.items() if k != "tokens"}
+    return metrics
+
+
+def validate(run):
+    """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
+    slots = range(run.rank, len(run.val_rows), run.world)
+    prompts = {slot: decode(run.val, run.val_rows[slot]) for slot in slots}
+    prompts = [prompt | {"slot": slot, "seed": common.seed_of(run.cfg.seed, "val", slot)}
+               for slot, prompt in prompts.items() if prompt]
+    metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
+    for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
+        if name == "val" or temperature:
+            groups = sample(run, prompts, group_size=1, temperature=temperature, top_p=top_p)
+            write_groups(run, name, groups)
+            metrics |= {f"{name}/{k}": v for k, v in response_metrics(groups).items()}
+    return metrics
+
+
+def write_groups(run, name, groups):
+    """All ranks' groups -> rollouts/NAME_STEP.jsonl, in the order of the slots."""
+    step, kept = run.state["step"], ("text", "parts", "advantage", "finish_reason")
+    records = [{"slot": g["slot"], "step": step, "row": g["row"], "prompt": g["problem"],
+                "solution": g["solution"], "responses": [
+                    {"tokens": len(r["ids"])} | {k: r[k] for k in kept if k in r}
+                    for r in g["responses"]]} for g in groups]
+    records = sorted(sum(common.gather(records), []), key=lambda record: record["slot"])
+    if run.rank == 0:
+        common.write_lines(f"{run.cfg.out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
+
+
+def finish_step(run, metrics, begin):
+    """Validate, log and save, each where due. The line is written before the checkpoint: a crash
+    between them repeats a step and loses none."""
+    cfg, state, step = run.cfg, run.state, run.state["step"]
+    last, times = step == run.last_step, {**run.times, "step": time.perf_counter() - begin}
+    save = step > 0 and (step % cfg.save_every == 0 or last)
+    if step:
+        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]
+        tokens *= cfg.prompts_per_step * cfg.group_size
+        metrics["perf/tokens_per_s_per_gpu"] = tokens / times["step"] / run.world
+    if step % cfg.validate_every == 0 or last:
+        with common.timed(times, "validate"):
+            metrics |= validate(run)
+        if save and metrics["val/reward/overall"] > (state["best"] or [0, -1.0])[1]:
+            state["best"] = [step, metrics["val/reward/overall"]]
+    peak = torch.cuda.max_memory_allocated() / 1e9  # without a GPU: the memory of the process
+    metrics["perf/peak_mem_gb"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
+    run.times.clear()
+    if run.rank == 0:
+        common.write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
+        run.dashboard(step, metrics)
+        tqdm.write(f"step {step:4d}  " + "  ".join(
+            f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics))
+    if save:
+        with common.timed(run.times, "save"):  # logged with the next step
+            policy.save_checkpoint(f"{cfg.out_dir}/checkpoints", step, run.model, run.optimizer,
+                                   state, cfg.keep_checkpoints)
+
+
+def main():
+    try:
+        run = set_up(common.load_config(defaults, sys.argv[1:]))
+    except ValueError as error:  # the user's mistake, met by every rank: one of them says it
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+        sys.exit(f"error: {error}")
+    cfg, state = run.cfg, run.state
+    if state["step"] == 0:
+        finish_step(run, {}, time.perf_counter())
+    for step in tqdm(range(state["step"] + 1, run.last_step + 1), initial=state["step"],
+                     total=run.last_step, disable=run.rank > 0):
+        begin = time.perf_counter()
+        prompts = next_prompts(run, step)
+        groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
+        add_advantages(groups)
+        metrics = response_metrics(groups) | group_metrics(groups) | train(run, groups)
+        state["step"] = step
+        write_groups(run, "step", groups)
+        finish_step(run, metrics, begin)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
