@@ -3,12 +3,15 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
+# One thread each: small matrices on many threads wait for each other, above all on a busy machine.
 export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS = 1
+export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 
 .PHONY: demo test lint bench
 
 demo: .venv/demo
-	OMP_NUM_THREADS=2 $(BIN)/python tiny.py
+	$(BIN)/python tiny.py
 	$(BIN)/torchrun --nproc_per_node 2 train_grpo.py configs/tiny.py
 	$(BIN)/python report.py curve out/tiny --out out/tiny/curve.png
 

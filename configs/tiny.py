@@ -15,4 +15,4 @@ learning_rate, beta2, warmup_updates = 2e-4, 0.95, 5
 kl_coef, clip_ratio_high = 0.0, 0.28
 dtype = "float32"
 
-validate_every, save_every, keep_checkpoints = 25, 25, 2
+validate_every, save_every, keep_checkpoints = 10, 50, 2
