@@ -34,10 +34,11 @@ def load_config(defaults, argv):
                 with contextlib.suppress(ValueError, SyntaxError):  # its type is checked below
                     value = ast.literal_eval(value)
             given.append((arg, name, value))
-        elif os.path.isfile(arg):
-            given += [(arg, k, v) for k, v in runpy.run_path(arg).items() if k[0] != "_"]
         else:
-            raise ValueError(f"config file {arg} does not exist")
+            try:
+                given += [(arg, k, v) for k, v in runpy.run_path(arg).items() if k[0] != "_"]
+            except Exception as error:  # whatever Python says of it
+                raise ValueError(f"config file {arg} cannot be read: {error!r}") from error
     for where, name, value in given:
         if name not in defaults:
             nearest = difflib.get_close_matches(name, defaults, 1, 0)[0]
@@ -61,9 +62,8 @@ def start():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # A judge may be slow: the default of 10 minutes would end the run while a rank waits for it.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
-                            timeout=datetime.timedelta(hours=2), **alone)
+                            timeout=datetime.timedelta(hours=2), **alone)  # a judge may be slow
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -102,10 +102,8 @@ def timed(times, name):
 
 
 def open_run(config, train_rows):
-    """For rank 0: make out_dir or, where it holds a run, continue it; returns `latest` or None.
-
-    train_rows: hash of the training data. Cuts metrics.jsonl to the checkpoint, so that no step is
-    logged twice. ValueError: settings changed that may not."""
+    """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
+    `latest` checkpoint, which is returned (or None). ValueError: settings changed that may not."""
     out, config = Path(config.out_dir), {**vars(config), "train_rows": train_rows}
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
     latest, changes, step = (out / "checkpoints/latest").resolve(), [], -1
@@ -152,4 +150,5 @@ def dashboard(config):
                    dir=config.out_dir, config=vars(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(config.out_dir)
-    return lambda step, metrics: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+    return lambda step, metrics: (  # flushed at once, for a run may be killed
+        [writer.add_scalar(k, v, step) for k, v in metrics.items()], writer.flush())

@@ -106,7 +106,7 @@ def read_rows(source):
             refuse_local(path)
             rows = datasets.load_dataset(path, split=split, keep_in_memory=False)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot read {source}: {error.__cause__ or error or 'empty'}") from error
+        raise ValueError(f"cannot read {source} (empty?): {error.__cause__ or error}") from error
     if not {"problem", "solution"} <= set(rows.column_names) or not len(rows):
         raise ValueError(f"{source} needs rows with the columns problem and solution; it has "
                          f"{len(rows)} rows and the columns {', '.join(rows.column_names)}")
@@ -181,7 +181,8 @@ def prompt_ids(processor, template, problem, grids):
 
 
 def check_row(i, row, processor, cfg, tags):
-    """-> the prompt's length in tokens, or what is wrong with the row. Decodes no pixels."""
+    """-> [the prompt's length in tokens, a hash of question and images], or what is wrong with the
+    row. Decodes no pixels."""
     problem, solution, images = row
     if not isinstance(problem, str) or not problem.strip():
         return f"row {i}, problem: no text: {problem!r}"
@@ -190,21 +191,24 @@ def check_row(i, row, processor, cfg, tags):
             return f"row {i}, problem: {token.content} would forge the structure of the chat"
     if not isinstance(solution, str) or not re.match(rf"<({'|'.join(tags)})>\s*\S", solution):
         return f"row {i}, solution: not '<TAG> answer' with a known tag: {str(solution)[:60]!r}"
+    digest = hashlib.sha256(problem.encode())
     try:
+        for image in images:
+            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
         sizes = [opened(image)[1] for image in images]
         grids = grids_of(sizes, processor, cfg.min_pixels, cfg.max_pixels)
     except BROKEN as error:
         return f"row {i}, image: {error}".split(" <_io")[0]  # without a memory address
-    return len(prompt_ids(processor, cfg.prompt_template, problem, grids))
+    return [len(prompt_ids(processor, cfg.prompt_template, problem, grids)), digest.hexdigest()]
 
 
 def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [value]):
     """Checks every row; each rank every world-th, gather(value) -> [each rank's value].
 
     cfg: .prompt_template (a text), .max_prompt_tokens, .min_pixels, .max_pixels, .max_bad_rows.
-    -> rows, keep [row], lengths {kept row: prompt tokens}, bad ["row 7, image: ..."], too_long
-    [row], fingerprint (of the files and the kept rows). ValueError on all ranks: a larger share
-    than max_bad_rows is bad, or no row is left. A check without bad rows is cached."""
+    -> rows, keep [row], hashes [of question and images], lengths {kept row: prompt tokens}, bad
+    ["row 7, image: ..."], too_long [row], fingerprint (of the files and the kept rows). ValueError
+    on all ranks: too many rows are bad, or none is left. A check without bad rows is cached."""
     def spread(work, items):  # -> [work(item)] on all ranks
         parts = gather([work(item) for item in items[rank::world]])
         return [parts[i % world][i // world] for i in range(len(items))]
@@ -225,13 +229,13 @@ def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [va
     if not all(gather(found is not None)):  # all ranks or none, or some would wait in spread()
         found = spread(lambda i: check_row(i, read_row(rows, i, folder), processor, cfg, tags),
                        range(len(rows)))
-        if rank == 0 and all(isinstance(x, int) for x in found):
+        if rank == 0 and all(isinstance(x, list) for x in found):
             cache.parent.mkdir(parents=True, exist_ok=True)
             aside = cache.with_suffix(f".{os.getpid()}")
             aside.write_text(json.dumps(found))
             aside.rename(cache)  # in one step: another run may be reading
     bad = [x for x in found if isinstance(x, str)]
-    lengths = {i: n for i, n in enumerate(found) if isinstance(n, int)}
+    lengths = {i: x[0] for i, x in enumerate(found) if isinstance(x, list)}
     too_long = [i for i, n in lengths.items() if n > cfg.max_prompt_tokens]
     lengths = {i: n for i, n in lengths.items() if n <= cfg.max_prompt_tokens}
     if len(bad) > cfg.max_bad_rows * len(rows) or not lengths:
@@ -242,7 +246,8 @@ def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [va
             f"{'; '.join(bad[:5])}")
     return SimpleNamespace(
         rows=rows, folder=folder, keep=list(lengths), lengths=lengths, bad=bad, too_long=too_long,
-        fingerprint=_sha256([digests[1:], list(lengths)]), processor=processor, cfg=cfg)
+        fingerprint=_sha256([digests[1:], list(lengths)]), processor=processor, cfg=cfg,
+        hashes=[found[i][1] for i in lengths])
 
 
 def _sha256(facts):

@@ -8,9 +8,8 @@ import torch
 def group_advantages(rewards):
     """(P, G) rewards -> (P, G) advantages (r - mean) / (std + 1e-6), std with n - 1.
 
-    GRPO, arXiv 2402.03300 eq. 3 (outcome supervision). Exactly 0 where a group's rewards differ by
-    less than 1e-6: rounding in the mean, divided by a std of about 1e-7, would otherwise push all
-    of a group's equal responses the same way (five rewards of 0.955 give -0.056 in float32)."""
+    GRPO, arXiv 2402.03300 eq. 3. Exactly 0 where a group's rewards differ by less than 1e-6: the
+    mean's rounding over a std of 1e-7 would push equal responses (-0.056 for five of 0.955)."""
     rewards = rewards.double()
     centred = rewards - rewards.mean(1, keepdim=True)
     advantages = centred / (rewards.std(1, keepdim=True) + 1e-6)

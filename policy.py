@@ -5,8 +5,7 @@ A group (one prompt, its images and G responses) is trained as packed rows
 in which every response attends to the shared prompt and to itself only. Prompt and images thus go
 through the model once per group instead of G times, with the same log-probs and gradients.
 
-Shapes: L prompt tokens, B responses in a row, R response tokens, T tokens in a row, N predicted
-tokens (the sum of R), V vocabulary, H hidden size."""
+Shapes: a row of T tokens has B responses of up to R tokens, N in all, to prompts of L tokens."""
 
 import functools
 import hashlib
@@ -36,8 +35,7 @@ def load(cfg, device, trainable=True):
 
     cfg: .model (folder or hub id), .dtype (of the computation; trainable weights are kept in fp32,
     others in dtype), .freeze_vision, .activation_checkpointing. Rank 0 alone reads the weights, the
-    others start on the meta device and receive shards (8 fp32 copies of an 8B model would need 280
-    GB of host memory). ValueError: unknown architecture."""
+    others start on the meta device and receive shards (8 fp32 copies of an 8B take 280 GB)."""
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
@@ -278,13 +276,12 @@ def _state_tensors(model, optimizer):
 
 def _digests(folder, names):
     """{name: sha256} of the files that are there, on a shared disk: each rank hashes its share."""
-    mine = {}
-    for path in [Path(folder, n) for n in sorted(names)[dist.get_rank() :: dist.get_world_size()]]:
+    mine, world = {}, dist.get_world_size()
+    for path in [Path(folder, name) for name in sorted(names)[dist.get_rank() :: world]]:
         if path.exists():
             with path.open("rb") as file:
                 mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone := [None] * world, mine)
     return {name: digest for part in everyone for name, digest in part.items()}
 
 

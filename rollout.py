@@ -4,7 +4,6 @@ and for teaching. It needs no collective while it samples, so ranks may finish a
 An engine is filled by sync() with the trainer's weights and asked by generate(), which yields each
 group as soon as its last response is done."""
 
-import contextlib
 from types import SimpleNamespace
 
 import torch
@@ -17,18 +16,15 @@ def load(cfg, device, patches):
 
     cfg: .model (folder or hub id), .dtype, .engine_args (max_num_seqs, responses decoded at once).
     patches: function from a list of images to their (patches, C) pixels. Returns .model, .stop_ids
-    (they end a response) and .banned (never sampled: an image token in a response would ask for an
-    image that is not there). ValueError: nothing says which ids end a response; unknown setting."""
+    (they end a response) and .banned (never sampled: image tokens without an image)."""
     args = {"max_num_seqs": 128} | cfg.engine_args
-    if len(args) > 1:
-        raise ValueError(f"engine_args={cfg.engine_args}: the torch engine knows max_num_seqs only")
+    if len(args) > 1 or type(args["max_num_seqs"]) is not int:
+        raise ValueError(f"engine_args={cfg.engine_args}: give max_num_seqs, a whole number, only")
     config = AutoConfig.from_pretrained(cfg.model)
-    stop_ids = None
-    with contextlib.suppress(OSError):  # there is no such file: said below
-        stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id
+    stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id  # OSError: no such file
     if stop_ids is None:
-        raise ValueError(f"model {cfg.model} has no generation_config.json with eos_token_id, so "
-                         "what ends a response is unknown: copy it from the base model")
+        raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, so what ends "
+                         "a response is unknown: copy it from the base model")
     banned = [getattr(config, f"{name}_token_id")
               for name in ("image", "video", "vision_start", "vision_end")]
     with device:

@@ -41,15 +41,13 @@ defaults = dict(
     engine_args={},  # torch: max_num_seqs, the responses that are decoded at once
     judge="exact", embedder="ngram", embed_threshold=0.8, embed_soft=False,
     weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
-    validate_every=5, save_every=5, keep_checkpoints=3,
-    accept_changes=False,  # let a restarted run change settings that shape the training
+    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False,  # on a restart
 )
 CHOICES = dict(loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("torch",),
                dtype=("bfloat16", "float32"), log=("", "wandb", "tensorboard"))
 POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
-            "learning_rate", "validate_every", "save_every", "keep_checkpoints")
-SHOWN = ("reward/overall", "val/reward/overall", "val_sampled/reward/overall", "groups/kept",
-         "entropy", "time/step")  # not the loss, which is about 0
+            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints")
+SHOWN = ("reward/overall", "val/reward/overall", "val_sampled/reward/overall", "time/step")
 
 
 def check(cfg, world):
@@ -61,6 +59,8 @@ def check(cfg, world):
         **{f"{k} is not set: add it to the config, or --{k}=": getattr(c, k)
            for k in ("model", "train_data", "val_data")},
         **{f"{k}={getattr(c, k)} must be above 0": getattr(c, k) > 0 for k in POSITIVE},
+        **{f"{k}={v} must not be below 0": v >= 0 for k, v in vars(c).items()
+           if type(v) in (int, float)},
         "steps and epochs are 0: set one of them above 0": c.steps > 0 or c.epochs > 0,
         f"group_size={c.group_size} must be at least 2 to compare responses": c.group_size > 1,
         f"prompts_per_step={c.prompts_per_step} must be at least the number of ranks, {world}":
@@ -91,6 +91,7 @@ def set_up(cfg):
         print_arithmetic(run)
     latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
 
+    run.dashboard = run.rank == 0 and common.dashboard(cfg)
     run.model = policy.load(cfg, run.device)
     run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
@@ -100,7 +101,6 @@ def set_up(cfg):
                  "best": None}  # what a checkpoint keeps beside weights and moments
     if latest:
         run.state = policy.load_checkpoint(latest, run.model, run.optimizer)
-    run.dashboard = run.rank == 0 and common.dashboard(cfg)
     return run
 
 
@@ -111,6 +111,8 @@ def print_arithmetic(run):
         print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
               f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
         print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
+    if leaked := len(set(run.train.hashes) & set(run.val.hashes)):
+        print(f"warning: {leaked} of the val questions, images included, are in train, too")
     responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
     print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
           f"{run.world} ranks; {updates} updates of {responses // updates} responses")
@@ -314,11 +316,11 @@ def write_groups(run, name, groups):
         common.write_lines(f"{run.cfg.out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
 
 
-def finish_step(run, metrics, begin):
+def finish_step(run, metrics):
     """Validate, log and save, each where due. The line is written before the checkpoint: a crash
     between them repeats a step and loses none."""
     cfg, state, step = run.cfg, run.state, run.state["step"]
-    last, times = step == run.last_step, {**run.times, "step": time.perf_counter() - begin}
+    last, times = step == run.last_step, dict(run.times)  # validate() adds to run.times
     save = step > 0 and (step % cfg.save_every == 0 or last)
     if step:
         tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]
@@ -347,22 +349,22 @@ def finish_step(run, metrics, begin):
 def main():
     try:
         run = set_up(common.load_config(defaults, sys.argv[1:]))
-    except ValueError as error:  # the user's mistake, met by every rank: one of them says it
-        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, ImportError) as error:  # a mistake that every rank meets
+        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 says it
+        sys.exit(f"error: {' '.join(str(error).split())}")
     cfg, state = run.cfg, run.state
     if state["step"] == 0:
-        finish_step(run, {}, time.perf_counter())
+        finish_step(run, {})
     for step in tqdm(range(state["step"] + 1, run.last_step + 1), initial=state["step"],
                      total=run.last_step, disable=run.rank > 0):
-        begin = time.perf_counter()
-        prompts = next_prompts(run, step)
-        groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
-        add_advantages(groups)
-        metrics = response_metrics(groups) | group_metrics(groups) | train(run, groups)
+        with common.timed(run.times, "step"):
+            prompts = next_prompts(run, step)
+            groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
+            add_advantages(groups)
+            metrics = response_metrics(groups) | group_metrics(groups) | train(run, groups)
         state["step"] = step
         write_groups(run, "step", groups)
-        finish_step(run, metrics, begin)
+        finish_step(run, metrics)
     dist.destroy_process_group()
 
 

@@ -569,7 +569,7 @@ def test_a_damaged_cache_is_made_anew(processor, tmp_path, checked):
     first = load(source, processor)
     cached()[0].write_text("[48, 4")
     assert facts(load(source, processor)) == facts(first) and len(checked) == 6
-    assert json.loads(cached()[0].read_text()) == list(first.lengths.values())
+    assert [x[0] for x in json.loads(cached()[0].read_text())] == list(first.lengths.values())
 
 
 def test_ranks_stop_alike(processor, tmp_path):

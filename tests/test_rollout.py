@@ -1,5 +1,6 @@
 """The torch engine against the trainer's own log-probs, and the promises of generate()."""
 
+import json
 import math
 from functools import partial
 
@@ -177,6 +178,12 @@ def test_a_weight_that_is_not_sent_is_named(qwen3):
 
 def test_model_that_names_no_stop_ids_is_refused(tmp_path):
     path = tiny_models.save("qwen3_vl", tmp_path)
-    (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match=r"no generation_config.json with eos"):
+    file = tmp_path / "generation_config.json"
+    content = json.loads(file.read_text())
+    del content["eos_token_id"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"generation_config.json .* has no eos_token_id"):
+        rollout.load(tiny_models.settings(path), CPU, None)
+    file.unlink()
+    with pytest.raises(OSError, match=r"generation_config.json"):
         rollout.load(tiny_models.settings(path), CPU, None)

@@ -1,0 +1,331 @@
+"""common.py: settings, sums over ranks, the files of a run."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import ROOT
+
+import common
+import train_grpo
+
+DEFAULTS = dict(name="a", count=1, rate=0.5, flag=False, args={})
+
+
+def load(*argv):
+    return vars(common.load_config(DEFAULTS, [str(arg) for arg in argv]))
+
+
+# --- load_config ----------------------------------------------------------------------------------
+
+
+def test_without_arguments_the_defaults_come_as_a_copy():
+    assert load() == DEFAULTS
+    load("--count=5")
+    assert DEFAULTS["count"] == 1, "the defaults were changed"
+
+
+def test_the_last_one_wins(tmp_path):
+    """Files and --key=value are read in the order in which they are given."""
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text('count, rate = 2, 0.25\nname = "one"\n')
+    two.write_text("count = 3\n")
+    assert load(one) == DEFAULTS | {"count": 2, "rate": 0.25, "name": "one"}
+    assert load(one, two)["count"] == 3 and load(two, one)["count"] == 2
+    assert load(one, two)["name"] == "one"
+    assert load(one, "--count=4")["count"] == 4 and load("--count=4", one)["count"] == 2
+    assert load("--count=4", "--count=5")["count"] == 5
+
+
+def test_values_of_the_command_line():
+    assert load("--count=-3")["count"] == -3
+    assert load("--flag=True")["flag"] is True
+    assert load("--args={'a': [1, 2.5], 'b': None}")["args"] == {"a": [1, 2.5], "b": None}
+    assert load("--rate=1e-6")["rate"] == 1e-6
+    for text in ("x", "3", "True", "None", "a=b", "--x", "", " 'quoted' ", "{question}\nNow."):
+        assert load(f"--name={text}")["name"] == text, "a text is taken as it is"
+
+
+def test_an_int_will_do_for_a_float(tmp_path):
+    (tmp_path / "one.py").write_text("rate = 2\n")
+    for value in (load("--rate=2")["rate"], load(tmp_path / "one.py")["rate"]):
+        assert value == 2.0 and type(value) is float
+    assert type(load("--count=2")["count"]) is int
+
+
+@pytest.mark.parametrize(
+    "arg",
+    ["--count=1.0", "--count=True", "--count=x", "--count", "--flag=1", "--flag", "--flag=true",
+     "--rate=True", "--rate=nan", "--args=[]", "--rate=", "--args={1}"],
+)
+def test_another_type_is_refused(arg):
+    with pytest.raises(ValueError, match=r"must be of type \w+, like .*, not \w+"):
+        load(arg)
+
+
+def test_names_with_an_underscore_are_private_to_a_file(tmp_path):
+    """So are the ones that Python itself adds, such as __name__; on the command line none is."""
+    (tmp_path / "one.py").write_text('"""Text."""\n_half = 4\n__twice = 5\ncount = _half * 2\n')
+    assert load(tmp_path / "one.py") == DEFAULTS | {"count": 8}
+    for arg in ("--_half=4", "--__name__=x"):
+        with pytest.raises(ValueError, match="there is no setting"):
+            load(arg)
+
+
+def test_unknown_names_and_files(tmp_path):
+    (tmp_path / "one.py").write_text("cuont = 4\n")
+    for arg in (tmp_path / "one.py", "--cuont=4"):
+        with pytest.raises(ValueError, match=r"no setting 'cuont'; did you mean 'count'\?"):
+            load(arg)
+    with pytest.raises(ValueError, match=r"config file .*two.py cannot be read.*No such file"):
+        load(tmp_path / "two.py")
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_seed_of():
+    """The value is part of the promise that a run can be repeated: on any machine, for good."""
+    assert common.seed_of(1, "val", 3) == 271034789816983
+    parts = [(s, t, q, d) for s in (1, 2) for t in range(9) for q in range(9) for d in (0, 1)]
+    parts += [(1, "val", q) for q in range(9)] + [(1, 23), (12, 3), ("1", 23), (123,)]
+    seeds = [common.seed_of(*p) for p in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**48 for seed in seeds) and max(seeds) > 2**46
+
+
+def test_total_and_means(process_group):
+    assert common.total({"a": 3, "b": 0.1, "c": True}) == {"a": 3.0, "b": 0.1, "c": 1.0}
+    assert common.total({"n": 2**40 + 1}) == {"n": 2**40 + 1}, "counts must stay exact"
+    assert common.means({"a": [1, 2, 6], "b": [], "c": [True, False], "d": [0.1]}) == {
+        "a": 3.0, "c": 0.5, "d": 0.1}
+    assert common.gather({"x": 1}) == [{"x": 1}]
+
+
+def test_timed_adds_up():
+    times = {"other": 1.0}
+    for _ in range(2):
+        with common.timed(times, "sleep"):
+            time.sleep(0.05)
+    assert 0.1 <= times["sleep"] < 0.5 and times["other"] == 1.0
+
+
+def test_write_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 0, "a": math.inf, "b": -math.inf, "c": math.nan, "d": 1.5},
+               {"step": 1, "text": "Ü\n\u2028", "e": [1], "f": None, "g": True}]
+    common.write_lines(path, records)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    def read():  # split by "\n" alone: a text may hold other line ends
+        return [json.loads(x, parse_constant=refuse) for x in path.read_text()[:-1].split("\n")]
+
+    assert path.read_text().endswith("}\n")
+    assert read() == [{"step": 0, "a": None, "b": None, "c": None, "d": 1.5}, records[1]]
+    assert math.isinf(records[0]["a"]), "the caller's record was changed"
+    common.write_lines(path, [{"step": 2}], "a")
+    assert [r["step"] for r in read()] == [0, 1, 2]
+    common.write_lines(path, [{"step": 3}])
+    assert [r["step"] for r in read()] == [3]
+
+
+# --- open_run -------------------------------------------------------------------------------------
+
+
+def settings(out, **changed):
+    argv = [f"--{k}={v}" for k, v in {"out_dir": out / "run", **changed}.items()]
+    return common.load_config(train_grpo.defaults, argv)
+
+
+def saved(out, step, lines=()):
+    """What a step that was saved leaves, in a folder that open_run() has made."""
+    folder = out / f"run/checkpoints/step_{step:06d}"
+    folder.mkdir(parents=True)
+    (out / "run/checkpoints/latest").symlink_to(folder.name)
+    (out / "run/metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def line(step):
+    return json.dumps({"step": step, "loss": None, "text": "}"}) + "\n"
+
+
+def config_of(out):
+    return json.loads((out / "run/config.json").read_text())
+
+
+def test_a_new_run(tmp_path, capsys):
+    assert common.open_run(settings(tmp_path, seed=3), "abc") is None
+    expected = train_grpo.defaults | {"seed": 3, "out_dir": str(tmp_path / "run")}
+    assert config_of(tmp_path) == expected | {"train_rows": "abc", "changes": []}
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
+    assert (tmp_path / "run/rollouts").is_dir()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_is_continued(tmp_path, capsys):
+    common.open_run(settings(tmp_path), "abc")
+    folder = saved(tmp_path, 2, [line(0), line(1), line(2)])
+    assert common.open_run(settings(tmp_path), "abc") == folder
+    assert "after step 2, changed: nothing" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_text() == line(0) + line(1) + line(2)
+    assert config_of(tmp_path)["changes"] == []
+
+
+@pytest.mark.parametrize("half", ["", '{"step": 2, "lo', '{"step": 2, "text": "}', line(2)[:-1]])
+def test_metrics_are_cut_to_the_checkpoint(tmp_path, half):
+    """Steps 3 and 12 were logged, but not saved; the last line may be half written."""
+    common.open_run(settings(tmp_path), "abc")
+    saved(tmp_path, 2, [line(0), line(1), line(2), line(3), line(12), half])
+    common.open_run(settings(tmp_path), "abc")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == line(0) + line(1) + line(2)
+    assert not (tmp_path / "run/metrics.new").exists()
+
+
+FREE = {"steps": 9, "epochs": 9, "validate_every": 9, "save_every": 9, "keep_checkpoints": 9,
+        "log": "tensorboard", "engine_args": {"max_num_seqs": 9}, "tokens_per_micro_batch": 9999,
+        "activation_checkpointing": True, "accept_changes": True}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_free_changes_are_said_and_recorded(tmp_path, capsys, name):
+    common.open_run(settings(tmp_path), "abc")
+    folder = saved(tmp_path, 2, [line(0)])
+    assert common.open_run(settings(tmp_path, **{name: FREE[name]}), "abc") == folder
+    change = f"{name} was {train_grpo.defaults[name]!r} and is {FREE[name]!r}"
+    assert change in capsys.readouterr().out
+    assert config_of(tmp_path)[name] == FREE[name]
+    assert config_of(tmp_path)["changes"] == [{"after_step": 2, "change": change}]
+    common.open_run(settings(tmp_path), "abc")  # and back: the record of the first one stays
+    assert [c["change"].split()[0] for c in config_of(tmp_path)["changes"]] == [name, name]
+
+
+def test_a_run_may_be_moved(tmp_path):
+    common.open_run(settings(tmp_path), "abc")
+    saved(tmp_path, 2)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    cfg = settings(tmp_path, out_dir=tmp_path / "moved")
+    assert common.open_run(cfg, "abc") == tmp_path / "moved/checkpoints/step_000002"
+
+
+FIXED = {"model": "other", "seed": 2, "prompts_per_step": 8, "group_size": 7, "updates_per_step": 1,
+         "max_prompt_tokens": 9, "max_response_tokens": 9, "min_pixels": 9, "max_pixels": 9,
+         "prompt_template": "{question}", "freeze_vision": True, "train_rows": "xyz"}
+
+
+def refused(tmp_path, changed):
+    before = config_of(tmp_path), (tmp_path / "run/metrics.jsonl").read_text()
+    rows = changed.pop("train_rows", "abc")
+    with pytest.raises(ValueError) as error:
+        common.open_run(settings(tmp_path, **changed), rows)
+    after = config_of(tmp_path), (tmp_path / "run/metrics.jsonl").read_text()
+    assert before == after, "a refused start changed the run"
+    assert "\n" not in str(error.value) and str(tmp_path / "run") in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_settings_never_change(tmp_path, name, accept):
+    common.open_run(settings(tmp_path), "abc")
+    saved(tmp_path, 2, [line(2), line(3)])
+    message = refused(tmp_path, {name: FIXED[name], "accept_changes": accept})
+    was = "abc" if name == "train_rows" else train_grpo.defaults[name]
+    assert f"{name} was {was!r} and is {FIXED[name]!r}" in message
+    assert "another out_dir" in message
+    assert "--accept_changes" not in message, "it would not help"
+
+
+@pytest.mark.parametrize(
+    "name, value", [("learning_rate", 1e-3), ("kl_coef", 0.0), ("loss", "gspo")])
+def test_others_change_only_when_accepted(tmp_path, capsys, name, value):
+    common.open_run(settings(tmp_path), "abc")
+    folder = saved(tmp_path, 2, [line(2), line(3)])
+    change = f"{name} was {train_grpo.defaults[name]!r} and is {value!r}"
+    message = refused(tmp_path, {name: value})
+    assert change in message and "--accept_changes=True" in message
+    cfg = settings(tmp_path, accept_changes=True, **{name: value})
+    assert common.open_run(cfg, "abc") == folder
+    assert change in capsys.readouterr().out
+    assert config_of(tmp_path)[name] == value
+    assert change in config_of(tmp_path)["changes"][0]["change"]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == line(2)
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys):
+    """And with whatever settings: there is nothing that they could contradict."""
+    common.open_run(settings(tmp_path), "abc")
+    (tmp_path / "run/metrics.jsonl").write_text(line(0) + line(1))
+    assert common.open_run(settings(tmp_path, seed=2), "xyz") is None
+    assert "without a checkpoint: starting again from step 0" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
+    assert config_of(tmp_path)["seed"] == 2 and config_of(tmp_path)["changes"] == []
+
+
+def test_free_and_fixed_name_settings():
+    names = {*train_grpo.defaults, "train_rows"}
+    assert {*common.FREE} <= names and {*common.FIXED} <= names
+    assert not {*common.FREE} & {*common.FIXED}
+    assert {*FIXED} == {*common.FIXED}, "each of them is tried above"
+    assert {*FREE} == {*common.FREE} - {"out_dir", "engine"}, "engine knows one value as yet"
+
+
+# --- dashboards -----------------------------------------------------------------------------------
+
+DASHBOARD = """
+import sys, common
+from types import SimpleNamespace
+show = common.dashboard(SimpleNamespace(log=sys.argv[1], out_dir=sys.argv[2], seed=1))
+for step in range(3):
+    show(step, {"reward/overall": 0.25 * step, "time/step": 1.0})
+"""
+
+
+def dashboard(log, out):
+    """Three steps in a process of their own, which then simply ends, as training does."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    env |= {f"WANDB_{name}_DIR": str(out / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+    return subprocess.run([sys.executable, "-c", DASHBOARD, log, out], env=env, cwd=out, text=True,
+                          capture_output=True, timeout=300)
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {k: [(e.step, e.value) for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_scalar(tmp_path):
+    run = dashboard("tensorboard", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert scalars(tmp_path) == {"reward/overall": [(0, 0.0), (1, 0.25), (2, 0.5)],
+                                 "time/step": [(0, 1.0), (1, 1.0), (2, 1.0)]}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
+def test_wandb_gets_every_scalar(tmp_path):
+    """Offline: what it would send lies in a file, the names and values in it as plain text."""
+    run = dashboard("wandb", tmp_path)
+    if run.returncode and "wandb.init" in run.stderr:
+        pytest.skip(f"wandb does not start here: {run.stderr.strip().splitlines()[-1]}")
+    assert run.returncode == 0, run.stderr
+    ident = f"{common.seed_of(str(tmp_path)):x}"  # from out_dir, so that a restart goes on in it
+    files = [*tmp_path.glob(f"wandb/offline-run-*-{ident}/run-{ident}.wandb")]
+    assert len(files) == 1, [str(p) for p in tmp_path.rglob("*")]
+    for text in (b"reward/overall", b"time/step", b"global_step", b"0.25", b"nanomedix"):
+        assert text in files[0].read_bytes(), text
+
+
+def test_no_dashboard(tmp_path):
+    run = dashboard("", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [*tmp_path.iterdir()] == []

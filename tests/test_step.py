@@ -1,0 +1,105 @@
+"""Pieces of a step in train_grpo.py that no whole run shows: unscored, repeated, leaked rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import data
+import reward
+import train_grpo
+
+
+def group(rewards, judge=1.0, tokens=3):
+    """A group whose responses have these overall rewards; None: the judge could not score it."""
+    parts = [
+        {"overall": r, "judge": judge, "embed": 0.0, "modality": 1.0, "format": 1.0}
+        for r in rewards
+    ]
+    return {
+        "ids": [1] * 5,
+        "responses": [{"ids": [7] * tokens, "parts": p, "finish_reason": "stop"} for p in parts],
+    }
+
+
+def test_a_group_with_an_unscored_response_is_dropped_not_paid_zero(process_group):
+    groups = [group([1.0, 0.0, None]), group([1.0, 0.0, 0.5]), group([0.5, 0.5, 0.5], judge=0.0)]
+    train_grpo.add_advantages(groups)
+    assert [g["scored"] for g in groups] == [False, True, True]
+    assert [g["kept"] for g in groups] == [False, True, False]
+    assert [r["advantage"] for r in groups[0]["responses"]] == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(
+        torch.tensor([r["advantage"] for r in groups[1]["responses"]]),
+        torch.tensor([1.0, -1.0, 0.0]),
+    )
+    counts = train_grpo.group_metrics(groups)
+    assert counts == {
+        "groups/sampled": 3,
+        "groups/kept": 1,
+        "groups/zero_std": 1,
+        "groups/all_right": 1,
+        "groups/all_wrong": 1,
+    }
+    means = train_grpo.response_metrics(groups)
+    assert means["reward/unscored"] == pytest.approx(1 / 9)
+    assert means["reward/overall"] == pytest.approx((1 + 0 + 1 + 0 + 0.5 + 1.5) / 8)
+
+
+def test_unscored_groups_leave_the_normaliser_and_equal_ones_stay(process_group, monkeypatch):
+    groups = [group([1.0, None]), group([1.0, 0.0], tokens=4), group([0.5, 0.5], tokens=6)]
+    train_grpo.add_advantages(groups)
+    packed = []
+    monkeypatch.setattr(
+        train_grpo.policy, "build_rows", lambda model, gs, *a, **k: packed.extend(gs)
+    )
+    cfg = SimpleNamespace(
+        **{**train_grpo.defaults, "prompts_per_step": 3, "updates_per_step": 1, "kl_coef": 0.0}
+    )
+    run = SimpleNamespace(cfg=cfg, model=None)
+    update = train_grpo.plan_update(run, [g | {"slot": s} for s, g in enumerate(groups)], 0)
+    assert (update.tokens, update.responses) == (2 * 4 + 2 * 6, 4)
+    assert [len(g["responses"][0]["ids"]) for g in packed] == [4]
+    packed.clear()
+    cfg.kl_coef = 0.01  # the KL term concerns groups of equal rewards, too
+    train_grpo.plan_update(run, [g | {"slot": s} for s, g in enumerate(groups)], 0)
+    assert [len(g["responses"][0]["ids"]) for g in packed] == [4, 6]
+
+
+@pytest.fixture
+def run(start, process_group):
+    """What next_prompts needs, over three rows."""
+    cfg = common.load_config(train_grpo.defaults, ["configs/tiny.py"])
+    processor = data.load_processor(f"{start}/model")
+    train = data.load(f"{start}/data@train", processor, cfg, reward.TAGS)
+    train.keep = train.keep[:3]
+    return SimpleNamespace(
+        cfg=cfg,
+        rank=0,
+        world=1,
+        train=train,
+        val=train,
+        processor=processor,
+        state={"cursor": 0, "bad_rows": []},
+        last_step=1,
+    )
+
+
+def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run):
+    run.cfg.prompts_per_step = 7
+    prompts = train_grpo.next_prompts(run, 1)
+    rows = [p["row"] for p in prompts]
+    assert sorted(rows[:3]) == sorted(rows[3:6]) == run.train.keep
+    assert len({p["seed"] for p in prompts}) == 7
+    run.state["cursor"] = 0
+    assert [p["seed"] for p in train_grpo.next_prompts(run, 1)] == [p["seed"] for p in prompts]
+    run.state["cursor"] = 0
+    assert not {p["seed"] for p in train_grpo.next_prompts(run, 2)} & {p["seed"] for p in prompts}
+
+
+def test_validation_rows_that_are_trained_on_are_said(run, capsys):
+    train_grpo.print_arithmetic(run)
+    assert "of the val questions, images included, are in train, too" in capsys.readouterr().out
+    run.val = SimpleNamespace(**{**vars(run.val), "hashes": ["another"]})
+    train_grpo.print_arithmetic(run)
+    assert "warning" not in capsys.readouterr().out
