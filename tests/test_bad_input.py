@@ -65,7 +65,7 @@ def refusal(start, tmp_path, caches, process_group, monkeypatch):
     return run
 
 
-def holds(message, *parts):
+def assert_says(message, *parts):
     missing = [part for part in parts if str(part) not in message]
     assert not missing, f"{missing} not in: {message}"
 
@@ -92,7 +92,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_choice(refusal, name):
     value, choices = UNKNOWN[name]
-    holds(refusal(**{name: value}), f"{name}='{value}'", choices)
+    assert_says(refusal(**{name: value}), f"{name}='{value}'", choices)
 
 
 WRONG = [
@@ -122,7 +122,7 @@ WRONG = [
 
 @pytest.mark.parametrize("settings, parts", WRONG, ids=lambda x: ",".join(x))
 def test_settings_that_cannot_work(refusal, settings, parts):
-    holds(refusal(**settings), *parts)
+    assert_says(refusal(**settings), *parts)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_settings_that_cannot_work(refusal, settings, parts):
      ("max_grad_norm", -1.0)],
 )
 def test_below_zero(refusal, name, value):
-    holds(refusal(**{name: value}), f"{name}={value}", "0")
+    assert_says(refusal(**{name: value}), f"{name}={value}", "0")
 
 
 def test_fewer_prompts_than_ranks(refusal, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    holds(refusal(prompts_per_step=4), "prompts_per_step=4", "number of ranks, 8")
+    assert_says(refusal(prompts_per_step=4), "prompts_per_step=4", "number of ranks, 8")
     cfg = common.load_config(train_grpo.defaults, [
         "configs/tiny.py", "--model=m", "--train_data=t", "--val_data=v", "--prompts_per_step=8"])
     train_grpo.check(cfg, 8)
@@ -146,7 +146,7 @@ def test_fewer_prompts_than_ranks(refusal, monkeypatch):
 
 @pytest.mark.parametrize("args", ["{'max_seqs': 4}", "{'max_num_seqs': 'many'}"])
 def test_engine_args(refusal, args):
-    holds(refusal(engine_args=args, weights=True), "engine_args", args, "max_num_seqs")
+    assert_says(refusal(engine_args=args, weights=True), "engine_args", args, "max_num_seqs")
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -160,7 +160,7 @@ def test_a_dashboard_that_is_not_installed(refusal, monkeypatch, package):
     for name in [n for n in sys.modules if package in n.split(".")]:  # torch.utils.tensorboard too
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
-    holds(refusal(log=package), f"'{package}'")
+    assert_says(refusal(log=package), f"'{package}'")
 
 
 def test_more_ranks_than_gpus(monkeypatch):
@@ -181,32 +181,32 @@ TYPES = [("seed", "'one'", "int", "str"), ("seed", "True", "int", "bool"),
 @pytest.mark.parametrize("name, value, want, got", TYPES)
 def test_value_of_another_type(refusal, tmp_path, name, value, want, got):
     message = refusal(**{name: value})
-    holds(message, f"--{name}=", f"{name} must be of type {want}", f"not {got}")
+    assert_says(message, f"--{name}=", f"{name} must be of type {want}", f"not {got}")
     config = tmp_path / "mine.py"
     config.write_text(f"{name} = {value}\n")
-    holds(refusal(config), config, f"{name} must be of type {want}", f"not {got}")
+    assert_says(refusal(config), config, f"{name} must be of type {want}", f"not {got}")
 
 
 def test_text_where_a_setting_takes_text_only(refusal, tmp_path):
     (tmp_path / "mine.py").write_text("loss = 3\n")
-    holds(refusal(tmp_path / "mine.py"), "mine.py: loss must be of type str", "not int 3")
+    assert_says(refusal(tmp_path / "mine.py"), "mine.py: loss must be of type str", "not int 3")
 
 
 def test_misspelt_setting(refusal, tmp_path):
-    holds(refusal("--group_sise=4"), "--group_sise=4", "'group_sise'", "'group_size'")
+    assert_says(refusal("--group_sise=4"), "--group_sise=4", "'group_sise'", "'group_size'")
     (tmp_path / "mine.py").write_text("learning_rat = 1e-5\n")
-    holds(refusal(tmp_path / "mine.py"), "mine.py", "'learning_rat'", "'learning_rate'")
+    assert_says(refusal(tmp_path / "mine.py"), "mine.py", "'learning_rat'", "'learning_rate'")
 
 
 def test_config_file(refusal, tmp_path):
-    holds(refusal("configs/tyni.py"), "configs/tyni.py", "No such file")
+    assert_says(refusal("configs/tyni.py"), "configs/tyni.py", "No such file")
 
 
 @pytest.mark.parametrize(
     "text, part", [("loss = 'grpo", "line 2"), ("accept_changes = true", "true")])
 def test_config_file_that_is_no_python(refusal, tmp_path, text, part):
     (tmp_path / "mine.py").write_text(f"seed = 1\n{text}\n")
-    holds(refusal(tmp_path / "mine.py"), "mine.py", part)
+    assert_says(refusal(tmp_path / "mine.py"), "mine.py", part)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -219,12 +219,12 @@ def model(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "nowhere", "configs/model"])
 def test_no_such_model(refusal, name):
-    holds(refusal(model=name), name, "does not exist", "correct the path")
+    assert_says(refusal(model=name), name, "does not exist", "correct the path")
 
 
 def test_no_such_model_on_the_hub(refusal):
     """The tests are offline; a name that nobody took fails in the same place."""
-    holds(refusal(model="nobody/no-such-model"), "model nobody/no-such-model", "hub id")
+    assert_says(refusal(model="nobody/no-such-model"), "model nobody/no-such-model", "hub id")
 
 
 FILES = {
@@ -242,7 +242,7 @@ def test_incomplete_model(refusal, model, file):
     (model / file).unlink()
     late = file in ("generation_config.json", "model.safetensors")
     needed = {"chat_template.jinja": "chat template"}.get(file, file)
-    holds(refusal(model=model, weights=late), model, needed, FILES[file])
+    assert_says(refusal(model=model, weights=late), model, needed, FILES[file])
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_vl", "glm4v", "nobodys"])
@@ -250,7 +250,7 @@ def test_unsupported_architecture(refusal, model, kind):
     config = json.loads((model / "config.json").read_text()) | {"model_type": kind}
     (model / "config.json").write_text(json.dumps(config))
     message = refusal(model=model)
-    holds(message, model)
+    assert_says(message, model)
     assert re.search("qwen2_5_vl|Qwen-VL", message), "what would be supported"
 
 
@@ -259,7 +259,7 @@ def test_a_text_model(refusal, model):
     config = json.loads((model / "config.json").read_text())
     text = config["text_config"] | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     (model / "config.json").write_text(json.dumps(text))
-    holds(refusal(model=model), model, "Qwen-VL")
+    assert_says(refusal(model=model), model, "Qwen-VL")
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -275,19 +275,20 @@ def table(start, path, change=lambda i, row: row):
 @pytest.mark.parametrize("setting", ["train_data", "val_data"])
 @pytest.mark.parametrize("path", ["/nowhere/rows.parquet", "configs/rows.jsonl", "nowhere"])
 def test_no_such_data(refusal, setting, path):
-    holds(refusal(**{setting: path}), path, "does not exist", "correct the path")
+    assert_says(refusal(**{setting: path}), path, "does not exist", "correct the path")
 
 
 @pytest.mark.parametrize("setting", ["train_data", "val_data"])
 def test_no_such_split_lists_those_there(refusal, start, setting):
     message = refusal(**{setting: f"{start}/data@test"})
-    holds(message, f"{start}/data@test", "'test'", "train, val")
+    assert_says(message, f"{start}/data@test", "'test'", "train, val")
 
 
 def test_missing_column(refusal, start, tmp_path):
     path = table(start, tmp_path / "rows.parquet",
                  lambda i, row: {"question": row["problem"], "solution": row["solution"]})
-    holds(refusal(train_data=path), path, "problem and solution", "columns question, solution")
+    message = refusal(train_data=path)
+    assert_says(message, path, "problem and solution", "columns question, solution")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -296,16 +297,16 @@ def test_empty_data(refusal, start, tmp_path, name):
     pq.write_table(pq.read_table(start / "data/train.parquet").slice(0, 0),
                    tmp_path / "rows.parquet")
     message = refusal(val_data=tmp_path / name)
-    holds(message, tmp_path / name)
+    assert_says(message, tmp_path / name)
     why = message.replace(str(tmp_path), "")
     assert re.search(r"empty|\b(0|no) rows", why), message
 
 
 def test_broken_file(refusal, tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
-    holds(refusal(train_data=tmp_path / "rows.parquet"), tmp_path / "rows.parquet", "corrupt")
+    assert_says(refusal(train_data=tmp_path / "rows.parquet"), tmp_path / "rows.parquet", "corrupt")
     (tmp_path / "rows.jsonl").write_text('{"problem": "Which side?"\n{"solution"')
-    holds(refusal(train_data=tmp_path / "rows.jsonl"), tmp_path / "rows.jsonl", "JSON")
+    assert_says(refusal(train_data=tmp_path / "rows.jsonl"), tmp_path / "rows.jsonl", "JSON")
 
 
 def test_too_many_bad_rows(refusal, start, tmp_path):
@@ -320,13 +321,13 @@ def test_too_many_bad_rows(refusal, start, tmp_path):
 
     path = table(start, tmp_path / "rows.parquet", harm)
     message = refusal(train_data=path, max_bad_rows=0.02)
-    holds(message, path, "3 of 64 rows are bad", "max_bad_rows=0.02", "row 3, solution",
+    assert_says(message, path, "3 of 64 rows are bad", "max_bad_rows=0.02", "row 3, solution",
           "row 7, image", "row 9, problem")
 
 
 def test_all_prompts_too_long(refusal, start):
     message = refusal(train_data=start / "data", max_prompt_tokens=4)
-    holds(message, start / "data", "64 are longer than", "max_prompt_tokens=4", "raise")
+    assert_says(message, start / "data", "64 are longer than", "max_prompt_tokens=4", "raise")
 
 
 # --- a folder that holds another run --------------------------------------------------------------
@@ -339,7 +340,7 @@ def test_out_dir_of_a_run_with_another_seed(refusal, tmp_path):
     (run / "config.json").write_text(json.dumps({"seed": 7, "changes": []}))
     (run / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     message = refusal(seed=1)
-    holds(message, run, "seed was 7 and is 1", "another out_dir")
+    assert_says(message, run, "seed was 7 and is 1", "another out_dir")
     assert (run / "metrics.jsonl").read_text() == '{"step": 2}\n{"step": 3}\n', "it was touched"
 
 
@@ -361,7 +362,7 @@ def test_two_ranks_say_it_once(start, tmp_path, mistake, parts):
     assert run.returncode
     said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, run.stderr
-    holds(said[0], *parts)
+    assert_says(said[0], *parts)
     assert f'File "{ROOT}/' not in run.stderr.replace(f'File "{ROOT}/.venv', ""), run.stderr
     assert "Traceback" not in run.stderr.split("error: ")[0], run.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
