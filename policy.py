@@ -288,8 +288,9 @@ def _digests(folder, names):
 def save_checkpoint(root, step, model, optimizer, state, keep):
     """Write root/step_000100 (safetensors shards, state.json, manifest.json), then move `latest`.
 
-    Written aside, flushed to disk and renamed, so that `latest` is whole whenever a crash comes.
-    Then all but the newest `keep` and the step state["best"][0] are removed. state: JSON values."""
+    Written aside, flushed to disk (the shards by their writer) and renamed, so that `latest` is
+    whole whenever a crash comes. Then all but the newest `keep` and the step state["best"][0] are
+    removed. state: JSON values."""
     name, aside = f"step_{step:06d}", Path(root, f"step_{step:06d}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)  # of a crash
@@ -301,8 +302,6 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
         (aside / "state.json").write_text(json.dumps(state))
     dist.barrier()
     manifest = _digests(aside, os.listdir(aside))
-    os.sync()  # on every rank: each may write from another machine
-    dist.barrier()
     if dist.get_rank() == 0:
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.sync()

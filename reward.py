@@ -63,8 +63,7 @@ def parse(response):
 
 
 def load(cfg):
-    """Settings (attributes of cfg) -> the scorer that score() takes. ValueError says which to
-    change."""
+    """Settings (attributes of cfg) -> the scorer of score(). ValueError says what to change."""
     if cfg.judge != "exact":
         raise ValueError(f'judge={cfg.judge!r} is unknown: set judge="exact"')
     if cfg.embedder != "ngram":

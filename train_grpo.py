@@ -74,7 +74,7 @@ def check(cfg, world):
 
 
 def set_up(cfg):
-    """Settings -> all that a run needs; what is wrong is said before any weight is loaded."""
+    """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     cfg.prompt_template = data.read_template(cfg.prompt_template)
     run = SimpleNamespace(cfg=cfg, times={}, engine_updates=None)
