@@ -177,15 +177,17 @@ def logprobs(model, row, pixels, temperature, banned):
 def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, segments,
                 temperature, banned, attention_mask=None):
     """Forward of the FSDP root, where lm_head.weight is whole: (N,) log-probs, (N,) entropies."""
-    features = model.model.get_image_features(pixels, grid, return_dict=True)
-    has_image = bool((input_ids == model.config.image_token_id).any())
-    hidden = model.model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
-        mm_encoder_outputs={"image": features} if has_image else None, use_cache=False,
-        segments=segments).last_hidden_state[0]
-    if not has_image:  # the dummy image takes part with weight 0, deepstack included
+    images, idle = {"pixel_values": pixels, "image_grid_thw": grid}, 0.0
+    if not (input_ids == model.config.image_token_id).any():
+        # The dummy image takes part with weight 0, deepstack included. It comes first, as images
+        # do: ranks with and without images must run their collectives in the same order.
+        images, features = {}, model.model.get_image_features(pixels, grid, return_dict=True)
         levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-        hidden = hidden + 0 * sum(f.sum() for level in levels for f in level).to(hidden.dtype)
+        idle = 0 * sum(f.sum() for level in levels for f in level)
+    hidden = model.model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **images,
+        use_cache=False, segments=segments).last_hidden_state[0]
+    hidden = hidden + idle
     return TokenLogprobs.apply(hidden[sources], model.lm_head.weight, targets, temperature, banned)
 
 
