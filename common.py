@@ -9,6 +9,7 @@ import json
 import math
 import os
 import runpy
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,39 +18,47 @@ import torch
 import torch.distributed as dist
 
 # A restarted run may change FREE settings, never FIXED ones, others with accept_changes=True.
-FIXED = """model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
-    max_response_tokens min_pixels max_pixels prompt_template freeze_vision""".split()
-FREE = """out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes engine
-    engine_args tokens_per_micro_batch activation_checkpointing""".split()
+FIXED = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
+    max_response_tokens min_pixels max_pixels prompt_template freeze_vision""".split())
+FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes
+    judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
+    engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
+    activation_checkpointing""".split())
 
 
 def load_config(defaults, argv):
     """Defaults, then config files (plain assignments in Python), then --key=value, as a namespace.
     ValueError: an unknown name, or a value of another type than the default's."""
-    config, given = dict(defaults), []  # given: (where it comes from, name, value)
+    config = dict(defaults)
     for arg in argv:
         if arg.startswith("--"):
             name, _, value = arg[2:].partition("=")
             if not isinstance(defaults.get(name), str):
                 with contextlib.suppress(ValueError, SyntaxError):  # its type is checked below
                     value = ast.literal_eval(value)
-            given.append((arg, name, value))
+            given = {name: value}
         else:
             try:
-                given += [(arg, k, v) for k, v in runpy.run_path(arg).items() if k[0] != "_"]
+                given = {k: v for k, v in runpy.run_path(arg).items() if k[0] != "_"}
             except Exception as error:  # whatever Python says of it
                 raise ValueError(f"config file {arg} cannot be read: {error!r}") from error
-    for where, name, value in given:
-        if name not in defaults:
-            nearest = difflib.get_close_matches(name, defaults, 1, 0)[0]
-            raise ValueError(f"{where}: there is no setting {name!r}; did you mean {nearest!r}?")
-        want = type(defaults[name])
-        value = float(value) if want is float and type(value) is int else value
-        if type(value) is not want:
-            raise ValueError(f"{where}: {name} must be of type {want.__name__}, like "
-                             f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
-        config[name] = value
+        for name, value in given.items():
+            if name not in defaults:
+                nearest = difflib.get_close_matches(name, defaults, 1, 0)[0]
+                raise ValueError(f"{arg}: there is no setting {name!r}; did you mean {nearest!r}?")
+            want = type(defaults[name])
+            config[name] = float(value) if want is float and type(value) is int else value
+            if type(config[name]) is not want:
+                raise ValueError(f"{arg}: {name} must be of type {want.__name__}, like "
+                                 f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
     return SimpleNamespace(**config)
+
+
+def stop(error):
+    """End the process with the error on one line. A mistake in the settings or the data is met by
+    every rank: rank 0 says it, and torchrun ends the others before they would say it, too."""
+    time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+    sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def start():
@@ -58,9 +67,9 @@ def start():
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and ranks > gpus:
         raise ValueError(f"{ranks} ranks, {gpus} GPUs: run torchrun with --nproc_per_node {gpus}")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu")
     if gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+        torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                             timeout=datetime.timedelta(hours=2), **alone)  # a judge may be slow
@@ -75,9 +84,8 @@ def gather(value):
 
 def total(numbers):
     """A dict of numbers, with the same keys on every rank, summed over ranks."""
-    sums = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64)
-    dist.all_reduce(sums)
-    return dict(zip(numbers, sums.tolist()))
+    everyone = gather(numbers)
+    return {k: float(sum(rank[k] for rank in everyone)) for k in numbers}
 
 
 def means(lists):
@@ -104,26 +112,25 @@ def timed(times, name):
 def open_run(config, train_rows):
     """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
     `latest` checkpoint, which is returned (or None). ValueError: settings changed that may not."""
-    out, config = Path(config.out_dir), {**vars(config), "train_rows": train_rows}
+    out, config = Path(config.out_dir), {**vars(config), "train_rows": train_rows, "changes": []}
+    latest, metrics, step = (out / "checkpoints/latest").resolve(), out / "metrics.jsonl", -1
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
-    latest, changes, step = (out / "checkpoints/latest").resolve(), [], -1
     if latest.exists():
         old, step = json.loads((out / "config.json").read_text()), int(latest.name[-6:])
-        new = {k: v for k, v in config.items() if old.get(k, v) != v}
-        difference = ", ".join(f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items())
-        fixed = any(k in FIXED for k in new)
-        if fixed or not (config["accept_changes"] or all(k in FREE for k in new)):
-            raise ValueError(f"{out} holds a run with other settings: {difference}. Choose another "
-                             f"out_dir{'' if fixed else ', or add --accept_changes=True'}")
-        print(f"continuing {out} after step {step}, changed: {difference or 'nothing'}")
-        changes = old["changes"] + ([{"after_step": step, "change": difference}] if new else [])
+        config["changes"] = old.pop("changes")
+        new = {k for k, v in old.items() if config.get(k, v) != v}
+        change = ", ".join(f"{k} was {old[k]!r} and is {config[k]!r}" for k in sorted(new))
+        if new & FIXED or not (config["accept_changes"] or new <= FREE):
+            raise ValueError(f"{out} holds a run with other settings: {change}. Choose another out_"
+                             f"dir{'' if new & FIXED else ', or add --accept_changes=True'}")
+        print(f"continuing {out} after step {step}, changed: {change or 'nothing'}")
+        config["changes"] += [{"after_step": step, "change": change}] if new else []
     elif (out / "config.json").exists():
         print(f"{out} holds a run without a checkpoint: starting again from step 0")
-    (out / "config.json").write_text(json.dumps({**config, "changes": changes}, indent=1))
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    # The last line of a killed run may be half written.
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    metrics.touch()
+    kept = [line for line in metrics.read_text().splitlines(keepends=True)
+            if line.endswith("}\n") and json.loads(line)["step"] <= step]  # the last may be half
     (out / "metrics.new").write_text("".join(kept))
     (out / "metrics.new").rename(metrics)
     return latest if step >= 0 else None
@@ -145,9 +152,9 @@ def dashboard(config):
         return lambda step, metrics: None
     if config.log == "wandb":
         import wandb
-        run = f"{seed_of(os.path.abspath(config.out_dir)):x}"  # the same after a restart
-        wandb.init(project="nanomedix", name=config.out_dir, id=run, resume="allow",
-                   dir=config.out_dir, config=vars(config), sync_tensorboard=True)
+        wandb.init(project="nanomedix", name=config.out_dir, dir=config.out_dir, resume="allow",
+                   id=f"{seed_of(os.path.abspath(config.out_dir)):x}",  # the same after a restart
+                   config=vars(config), sync_tensorboard=True)
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(config.out_dir)
     return lambda step, metrics: (  # flushed at once, for a run may be killed

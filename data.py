@@ -9,13 +9,11 @@ What training gets for it, prompt(data, i); one image pad id per merge x merge p
      "images": [uint8 array (384, 512, 3)], "grid": [(1, 24, 32)]}        # 24 * 16 x 32 * 16 pixels
 """
 
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,30 +21,22 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose, upright
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error,
-          Image.DecompressionBombError)  # what Pillow raises for broken files, format by format
 
-
-class BadRow(ValueError):
-    """A row that cannot be used: "row 7, image: the reason"."""
-
-
-def refuse_local(path):
-    """ValueError if a path that is not there is meant as a local one: a typo never asks the hub."""
-    if path[:1] in ("", ".", "/") or path.count("/") != 1 or os.path.isdir(os.path.dirname(path)):
+def is_local(path):
+    """Whether a path is there, not on the hub. ValueError for a typo in one meant to be there."""
+    there, folder = os.path.exists(path), os.path.isdir(os.path.dirname(path))
+    if not there and (path[:1] in ("", ".", "/") or path.count("/") != 1 or folder):
         raise ValueError(f"{path!r} does not exist: correct the path or give a hub org/name")
+    return there
 
 
 def load_processor(model):
     """Folder or hub id -> tokenizer and vision settings; ValueError names what is missing."""
-    if not os.path.isdir(model):
-        refuse_local(model)
-    elif not Path(model, "tokenizer.json").is_file():  # transformers would make an empty one
+    if is_local(model) and not Path(model, "tokenizer.json").is_file():  # else an empty one is made
         raise ValueError(f"model {model} lacks tokenizer.json: copy from the original model")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
@@ -64,29 +54,28 @@ def load_processor(model):
 
 def read_template(text_or_path):
     """A text with {question} once, or its path. MediX-R1 trains without one if it is misspelt."""
-    text = text_or_path = str(text_or_path)
-    if "{question}" not in text and os.path.isfile(text):
-        text = Path(text).read_text(encoding="utf-8").strip()
-    if text.count("{question}") != 1:
-        raise ValueError(f"prompt_template {text_or_path[:99]!r} must be a text with {{question}} "
-                         f"once, or the path of such a file; found {text.count('{question}')}")
+    is_file = os.path.isfile(text_or_path)
+    text = Path(text_or_path).read_text("utf-8").strip() if is_file else str(text_or_path)
+    if (n := text.count("{question}")) != 1:
+        raise ValueError(f"prompt_template {str(text_or_path)[:99]!r} must be a text with "
+                         f"{{question}} once, or the path of such a file; found {n}")
     return text
 
 
 def local_files(path, split):
     """A file, or the files of a split in a folder or in a clone of a hub data set."""
-    splits, shards = {} if path.is_dir() else {"train": [path]}, {"train": 1}
+    splits = {} if path.is_dir() else {"train": {path: 1}}  # its files: how many there must be
     for file in sorted([*path.glob("*"), *path.glob("data/*")]):
         name = re.fullmatch(r"([\w-]+?)(-\d+-of-(\d+)[\w-]*)?\.(parquet|jsonl?)", file.name)
         if name:
-            splits.setdefault(name[1], []).append(file)
-            shards[name[1]] = int(name[3] or 1)
+            splits.setdefault(name[1], {})[file] = int(name[3] or 1)
     # MediX-R1 takes train for any split of a folder, and so validates on what it trains on.
     if split not in splits:
         raise ValueError(f"no split {split!r} there, but: {', '.join(splits) or 'no data'}")
-    if len(splits[split]) != shards[split]:  # half a download, or train.parquet and train.jsonl
-        raise ValueError(f"split {split} has {len(splits[split])} files, not {shards[split]}")
-    return [str(file) for file in splits[split]]
+    files, n = [str(file) for file in splits[split]], max(splits[split].values())
+    if len(files) != n:  # half a download, or train.parquet and train.jsonl
+        raise ValueError(f"split {split} has {len(files)} files, not {n}")
+    return files
 
 
 def read_rows(source):
@@ -98,52 +87,28 @@ def read_rows(source):
     if not path or "/" in split or os.path.exists(source):
         path, split = source, "train"
     try:
-        if os.path.exists(path):
+        if is_local(path):
             files = local_files(Path(path), split)
             kind = "parquet" if files[0].endswith(".parquet") else "json"
             rows = datasets.load_dataset(kind, data_files=files, keep_in_memory=False)["train"]
         else:
-            refuse_local(path)
             rows = datasets.load_dataset(path, split=split, keep_in_memory=False)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot read {source} (empty?): {error.__cause__ or error}") from error
     if not {"problem", "solution"} <= set(rows.column_names) or not len(rows):
         raise ValueError(f"{source} needs rows with the columns problem and solution; it has "
                          f"{len(rows)} rows and the columns {', '.join(rows.column_names)}")
-    info = rows.info.copy()
-    for name, kind in rows.features.items():
-        if isinstance(getattr(kind, "feature", kind), datasets.Image):
-            raw = datasets.Image(decode=False)  # cast_column() would write a column of lists anew
-            info.features[name] = type(kind)(raw) if hasattr(kind, "feature") else raw
-    folder = os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path))
-    return datasets.Dataset(rows.data, info=info), folder
-
-
-def read_row(rows, i, folder):
-    """-> problem, solution, images: a list of {"bytes", "path"}, whatever form the column has."""
-    images = (row := rows[i]).get("image", row.get("images"))
-    images = images if isinstance(images, list) else [] if images is None else [images]
-    images = [x if isinstance(x, dict) else {"path": x} for x in images]
-    images = [{"bytes": x.get("bytes"), "path": os.path.join(folder, str(x.get("path")))}
-              for x in images]
-    return row["problem"], row["solution"], images
-
-
-def opened(image):
-    """{"bytes", "path"} -> PIL image, pixels unread, its size when upright, and its EXIF turn."""
-    picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-    # Pillow turns a TIFF itself; the PNG plugin's own getexif() would read the pixels.
-    turn = picture.format != "TIFF" and Image.Image.getexif(picture).get(274)
-    return picture, picture.size[::-1] if turn in (5, 6, 7, 8) else picture.size, turn
+    info, folder = rows.info.copy(), path if os.path.isdir(path) else os.path.dirname(path)
+    for kind in info.features.values():  # cast_column() would write a column of lists anew
+        if isinstance(kind := getattr(kind, "feature", kind), datasets.Image):
+            kind.decode = False
+    return datasets.Dataset(rows.data, info=info), os.path.abspath(folder)
 
 
 def decode(image):
-    """{"bytes", "path"} -> upright RGB PIL image, not resized. Raises one of BROKEN."""
-    picture, _, turn = opened(image)
-    size = picture.size
-    picture.load()
-    if picture.size != size:
-        raise ValueError(f"the header says {size}, the pixels {picture.size}")
+    """{"bytes", "path"} -> upright RGB PIL image, not resized."""
+    picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+    ImageOps.exif_transpose(picture, in_place=True)  # reads the pixels, too
     if picture.mode[0] in "IF":  # over 8 bits: convert("RGB") would turn all above 255 white
         values = np.asarray(picture).astype(np.float64)
         low, high = (f(values[np.isfinite(values)]) for f in (np.min, np.max))
@@ -151,9 +116,8 @@ def decode(image):
         picture = Image.fromarray(values.round().astype(np.uint8))
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture)
-    picture = picture.convert("RGB")  # before any resize: a palette would be resized by nearest
-    return picture.transpose(TURNS[turn]) if turn in TURNS else picture
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")  # before any resize: a palette would be resized by nearest
 
 
 def grids_of(sizes, processor, min_pixels, max_pixels):
@@ -168,116 +132,118 @@ def grids_of(sizes, processor, min_pixels, max_pixels):
 
 def prompt_ids(processor, template, problem, grids):
     """-> ids of one user turn, no system message: template, images, question, rest of template."""
-    before, after = template.split("{question}")
-    texts = [[{"type": "text", "text": text}] if text else [] for text in (before, problem + after)]
-    content = [*texts[0], *[{"type": "image"}] * len(grids), *texts[1]]
-    text = processor.tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-    ids, pad = processor.tokenizer.encode(text, add_special_tokens=False), processor.image_token_id
+    (before, after), pad = template.split("{question}"), processor.image_token_id
+    content = [{"type": "text", "text": before}, *[{"type": "image"}] * len(grids),
+               {"type": "text", "text": problem + after}]
+    ids = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False)
     assert ids.count(pad) == len(grids), (
         f"the templates give {ids.count(pad)} image pads for {len(grids)} images")
     pads = iter([t * h * w // processor.merge**2 for t, h, w in grids])
     return [x for token in ids for x in ([pad] * next(pads) if token == pad else [token])]
 
 
-def check_row(i, row, processor, cfg, tags):
-    """-> [the prompt's length in tokens, a hash of question and images], or what is wrong with the
-    row. Decodes no pixels."""
-    problem, solution, images = row
+def read_row(data, i):
+    """Row i -> prompt(data, i) with images of their own size, and what load() is to know of it.
+    ValueError, like "image: the reason": the row cannot be used."""
+    row, processor, cfg = data.rows[i], data.processor, data.cfg
+    problem, solution, images = row["problem"], row["solution"], row.get("image", row.get("images"))
     if not isinstance(problem, str) or not problem.strip():
-        return f"row {i}, problem: no text: {problem!r}"
+        raise ValueError(f"problem: no text: {problem!r}")
     for token in processor.tokenizer.added_tokens_decoder.values():
         if token.special and token.content in problem:
-            return f"row {i}, problem: {token.content} would forge the structure of the chat"
-    if not isinstance(solution, str) or not re.match(rf"<({'|'.join(tags)})>\s*\S", solution):
-        return f"row {i}, solution: not '<TAG> answer' with a known tag: {str(solution)[:60]!r}"
+            raise ValueError(f"problem: {token.content} would forge the structure of the chat")
+    if not isinstance(solution, str) or not re.match(rf"<({'|'.join(data.tags)})>\s*\S", solution):
+        raise ValueError(f"solution: not '<TAG> answer' with a known tag: {str(solution)[:60]!r}")
+    images = images if isinstance(images, list) else [] if images is None else [images]
+    images = [x if isinstance(x, dict) else {"path": x} for x in images]
+    images = [{"bytes": x.get("bytes"), "path": os.path.join(data.folder, str(x.get("path")))}
+              for x in images]
     digest = hashlib.sha256(problem.encode())
     try:
         for image in images:
             digest.update(image["bytes"] or Path(image["path"]).read_bytes())
-        sizes = [opened(image)[1] for image in images]
-        grids = grids_of(sizes, processor, cfg.min_pixels, cfg.max_pixels)
-    except BROKEN as error:
-        return f"row {i}, image: {error}".split(" <_io")[0]  # without a memory address
-    return [len(prompt_ids(processor, cfg.prompt_template, problem, grids)), digest.hexdigest()]
+        pictures = [decode(image) for image in images]
+        grid = grids_of([x.size for x in pictures], processor, cfg.min_pixels, cfg.max_pixels)
+    except Exception as error:  # Pillow raises a dozen kinds, by format and damage
+        reason = str(error).split(" <_io")[0]  # without a memory address
+        raise ValueError(f"image: {type(error).__name__}: {reason}") from error
+    ids = prompt_ids(processor, cfg.prompt_template, problem, grid)
+    return {"row": i, "problem": problem, "solution": solution, "ids": ids, "images": pictures,
+            "grid": grid}, {"tokens": len(ids), "hash": digest.hexdigest(),
+                            "inside": all(image["bytes"] for image in images)}
 
 
 def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [value]):
-    """Checks every row; each rank every world-th, gather(value) -> [each rank's value].
+    """Checks every row, pixels included; each rank every world-th, gather(value) -> [each rank's].
 
     cfg: .prompt_template (a text), .max_prompt_tokens, .min_pixels, .max_pixels, .max_bad_rows.
     -> rows, keep [row], hashes [of question and images], lengths {kept row: prompt tokens}, bad
-    ["row 7, image: ..."], too_long [row], fingerprint (of the files and the kept rows). ValueError
-    on all ranks: too many rows are bad, or none is left. A check without bad rows is cached."""
-    def spread(work, items):  # -> [work(item)] on all ranks
-        parts = gather([work(item) for item in items[rank::world]])
-        return [parts[i % world][i // world] for i in range(len(items))]
-
+    ["row 7, image: ..."], too_long [row], fingerprint (of all that the kept rows hold). ValueError
+    on all ranks: too many rows are bad, or none is left. A file beside the data set's own cache
+    spares good rows the next check, but not those with image files, for these may change."""
     rows, folder = read_rows(source)
-    files = [Path(__file__), *(Path(file["filename"]) for file in rows.cache_files)]
-    digests = spread(lambda file: hashlib.sha256(np.memmap(file, mode="r")).hexdigest(), files)
-    key = _sha256([
-        digests, folder, processor.tokenizer.backend_tokenizer.to_str(), cfg.prompt_template, tags,
-        processor.tokenizer.chat_template, processor.image_token_id, processor.patch,
-        processor.merge, cfg.min_pixels, cfg.max_pixels])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomedix",
-                 f"{key[:32]}.json")
+    data = SimpleNamespace(rows=rows, folder=folder, processor=processor, cfg=cfg, tags=tags)
+    tokenizer, files = processor.tokenizer, [Path(x["filename"]) for x in rows.cache_files]
+    key = hashlib.sha256(json.dumps([
+        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        Path(__file__).read_text("utf-8"), tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template, processor.image_token_id, processor.patch, processor.merge, tags,
+        cfg.prompt_template, cfg.min_pixels, cfg.max_pixels]).encode()).hexdigest()
+    cache = files[0].with_name(f"checked-{key}.json")
     try:
-        found = json.loads(cache.read_text())
-    except (OSError, ValueError):  # none there, or cut off by a full disk: check again
-        found = None
-    if not all(gather(found is not None)):  # all ranks or none, or some would wait in spread()
-        found = spread(lambda i: check_row(i, read_row(rows, i, folder), processor, cfg, tags),
-                       range(len(rows)))
-        if rank == 0 and all(isinstance(x, list) for x in found):
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            aside = cache.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps(found))
-            aside.rename(cache)  # in one step: another run may be reading
-    bad = [x for x in found if isinstance(x, str)]
-    lengths = {i: x[0] for i, x in enumerate(found) if isinstance(x, list)}
-    too_long = [i for i, n in lengths.items() if n > cfg.max_prompt_tokens]
-    lengths = {i: n for i, n in lengths.items() if n <= cfg.max_prompt_tokens}
-    if len(bad) > cfg.max_bad_rows * len(rows) or not lengths:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):  # none there, or half written
+        known = [None] * len(rows)
+
+    def check(i):  # -> what to know of row i or, as a text, what is wrong with it
+        try:
+            return known[i] or read_row(data, i)[1]
+        except ValueError as error:
+            return f"row {i}, {error}"
+
+    parts = gather([check(i) for i in range(rank, len(rows), world)])
+    found = [parts[i % world][i // world] for i in range(len(rows))]
+    if rank == 0 and not all(known):
+        cache.write_text(json.dumps([isinstance(x, dict) and x["inside"] and x for x in found]))
+    good = {i: x for i, x in enumerate(found) if isinstance(x, dict)}
+    kept = {i: x for i, x in good.items() if x["tokens"] <= cfg.max_prompt_tokens}
+    bad, too_long = [x for x in found if isinstance(x, str)], [i for i in good if i not in kept]
+    if len(bad) > cfg.max_bad_rows * len(rows) or not kept:
         raise ValueError(
             f"{source}: {len(bad)} of {len(rows)} rows are bad, max_bad_rows={cfg.max_bad_rows} "
             f"allows {int(cfg.max_bad_rows * len(rows))}; {len(too_long)} are longer than "
             f"max_prompt_tokens={cfg.max_prompt_tokens}. Mend them, or raise these. "
             f"{'; '.join(bad[:5])}")
+    solutions = rows["solution"][:]
+    content = json.dumps([[x["hash"], solutions[i]] for i, x in kept.items()])
     return SimpleNamespace(
-        rows=rows, folder=folder, keep=list(lengths), lengths=lengths, bad=bad, too_long=too_long,
-        fingerprint=_sha256([digests[1:], list(lengths)]), processor=processor, cfg=cfg,
-        hashes=[found[i][1] for i in lengths])
-
-
-def _sha256(facts):
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        **vars(data), kept=kept, keep=[*kept], hashes=[x["hash"] for x in kept.values()],
+        lengths={i: x["tokens"] for i, x in kept.items()}, bad=bad, too_long=too_long,
+        fingerprint=hashlib.sha256(content.encode()).hexdigest())
 
 
 def prompt(data, i):
-    """Row i -> the dict shown at the top, its images resized. BadRow: pixels unreadable."""
-    problem, solution, images = read_row(data.rows, i, data.folder)
+    """Row i, one of .keep -> the dict shown at the top. ValueError: changed since load()."""
     try:
-        pictures = [decode(image) for image in images]
-    except BROKEN as error:
-        raise BadRow(f"row {i}, image: {error}".split(" <_io")[0]) from error
-    grid = grids_of([picture.size for picture in pictures], data.processor, data.cfg.min_pixels,
-                    data.cfg.max_pixels)
-    ids = prompt_ids(data.processor, data.cfg.prompt_template, problem, grid)
-    if len(ids) != data.lengths[i]:
-        raise BadRow(f"row {i}, image: changed, {len(ids)} tokens instead of {data.lengths[i]}")
+        row, facts = read_row(data, i)
+        if facts["hash"] != data.kept[i]["hash"]:
+            raise ValueError("image: not the one that was checked at the start")
+    except ValueError as error:
+        raise ValueError(f"row {i}, {error}. It was good at the start, so its file has changed or "
+                         "cannot be read now: mend or remove the row and start again") from error
     patch = data.processor.patch
-    images = [np.array(picture.resize((w * patch, h * patch), Image.Resampling.BICUBIC))
-              for picture, (_, h, w) in zip(pictures, grid)]
-    return {"row": i, "problem": problem, "solution": solution, "ids": ids, "images": images,
-            "grid": grid}
+    row["images"] = [
+        np.array(picture.resize((w * patch, h * patch), Image.Resampling.BICUBIC))
+        for picture, (_, h, w) in zip(row["images"], row["grid"])]
+    return row
 
 
 def patches(images, processor, device="cpu"):
     """[(H, W, 3) uint8] -> (N, 3 * temporal * patch**2) float32, as Qwen's image processor."""
     p, m, t = processor.patch, processor.merge, processor.temporal
-    mean = torch.tensor(processor.mean, device=device)[:, None, None]
-    std = torch.tensor(processor.std, device=device)[:, None, None]
+    mean, std = (torch.tensor(x, device=device)[:, None, None]
+                 for x in (processor.mean, processor.std))
     rows = [torch.empty(0, 3 * t * p * p, device=device)]
     for image in images:
         x = (torch.from_numpy(image).to(device).permute(2, 0, 1) / 255 - mean) / std  # (3, H, W)
@@ -287,12 +253,9 @@ def patches(images, processor, device="cpu"):
     return torch.cat(rows)
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    """-> permutation of range(n), from seed and epoch alone: there is no state to lose."""
-    return tuple(np.random.default_rng([seed, epoch]).permutation(n).tolist())
-
-
 def order(n, seed, cursor, k):
-    """-> the k positions of n after the first `cursor`, each epoch in an order of its own."""
-    return [permutation(n, seed, c // n)[c % n] for c in range(cursor, cursor + k)]
+    """-> the k positions of n after the first `cursor`, each epoch in an order of its own, which
+    follows from seed and epoch alone: there is no state to lose."""
+    epochs = range(cursor // n, (cursor + k) // n + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs]
+    return np.concatenate(orders)[cursor % n:][:k].tolist()

@@ -20,11 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 CHUNK_ELEMENTS = 2**26  # logits held at once by the log-prob step: 256 MB in fp32
@@ -33,15 +31,16 @@ CHUNK_ELEMENTS = 2**26  # logits held at once by the log-prob step: 256 MB in fp
 def load(cfg, device, trainable=True):
     """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
 
-    cfg: .model (folder or hub id), .dtype (of the computation; trainable weights are kept in fp32,
-    others in dtype), .freeze_vision, .activation_checkpointing. Rank 0 alone reads the weights, the
-    others start on the meta device and receive shards (8 fp32 copies of an 8B take 280 GB)."""
+    cfg: .model (folder or hub id), .dtype (of the computation; a trainable model is kept in fp32),
+    .freeze_vision, .activation_checkpointing. Only rank 0 reads it: 8 fp32 copies of 8B are 280 GB."""
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
-    full, storage = None, torch.float32 if trainable else dtype
+    storage, weights, buffers = torch.float32 if trainable else dtype, {}, {}
     if dist.get_rank() == 0:
         full = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=storage)
+        weights, buffers = full.state_dict(), dict(full.named_buffers())
+    AttentionInterface.register("packed", packed_attention)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=storage, attn_implementation={
             "": "sdpa", "text_config": "packed", "vision_config": "sdpa"})
@@ -51,45 +50,50 @@ def load(cfg, device, trainable=True):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # once and for good: old and new log-probs must come from the same code path
     model.forward = functools.partial(row_forward, model)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=precision)
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each use of a tied weight memory of its own
-    set_model_state_dict(model, full.state_dict() if full else {}, options=StateDictOptions(
+    set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
-    source = dict(full.named_buffers()) if full else {}
     for name, buffer in model.named_buffers():  # the rotary frequencies are in no state dict
-        buffer.copy_(source.get(name, buffer))
-        dist.broadcast(buffer, 0)
+        dist.broadcast(buffer.copy_(buffers.get(name, buffer)), 0)
     return model
+
+
+def memory(model, cfg, world):
+    """GB on each of `world` GPUs (at rest, in an update), calculated; activations come on top.
+
+    At rest: weights, AdamW's two moments of what is trained and, with cfg.kl_coef, the reference
+    model; an update adds gradients. model: sharded or on the meta device, its tied weights once."""
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    reference = getattr(torch, cfg.dtype).itemsize if cfg.kl_coef else 0
+    rest = 2 * gradients + sum(p.nbytes + reference * p.numel() for p in model.parameters())
+    return rest / world / 1e9, (rest + gradients) / world / 1e9
 
 
 def build_rows(model, groups, tokens_per_row, spare=None):
     """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first.
 
     groups: dicts with ids (L prompt token ids), images ((h, w, 3) uint8 arrays), grid (their
-    (1, h, w) in patches) and responses (dicts with ids, logprobs and advantage). What does not fit
-    beside its prompt goes into another row that repeats the prompt; a response is never split.
-    spare: a group whose first response is repeated, with weight 0, until all ranks have as many
-    rows as the longest has, for FSDP would hang else; None: this rank alone."""
+    (1, h, w) in patches) and responses (dicts with ids, logprobs, advantage), never split: what
+    does not fit beside its prompt goes into another row that repeats the prompt. spare: a group to
+    fill up with, at weight 0, until all ranks have as many rows, or FSDP would hang; or None."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
-        pieces.append([len(group["ids"]), group, []])
-        for response in group["responses"]:
-            if pieces[-1][2] and pieces[-1][0] + len(response["ids"]) > tokens_per_row:
+        for i, response in enumerate(group["responses"]):
+            if i == 0 or pieces[-1][0] + len(response["ids"]) > tokens_per_row:
                 pieces.append([len(group["ids"]), group, []])
             pieces[-1][0] += len(response["ids"])
             pieces[-1][2].append(response)
-    rows = []
+    rows = [[] for _ in pieces]
     for piece in sorted(pieces, key=lambda p: -p[0]):
         if piece[0] > tokens_per_row:
             raise ValueError(f"a prompt with one response has {piece[0]} tokens, above "
                              f"tokens_per_micro_batch = {tokens_per_row}: raise it")
-        roomy = [r for r in rows if sum(p[0] for p in r) + piece[0] <= tokens_per_row]
-        (roomy[0] if roomy else rows).append(piece if roomy else [piece])
-    rows = [_tensors(model, row) for row in rows]
+        next(r for r in rows if sum(p[0] for p in r) + piece[0] <= tokens_per_row).append(piece)
+    rows = [_tensors(model, row) for row in rows if row]
     if spare:
         dist.all_reduce(count := torch.tensor(len(rows)), dist.ReduceOp.MAX)
         idle = _tensors(model, [(0, spare, spare["responses"][:1])]) | {"weight": 0.0}
@@ -100,66 +104,55 @@ def build_rows(model, groups, tokens_per_row, spare=None):
 def _tensors(model, pieces):
     """A row: input_ids (1, T), position_ids (4, 1, T), text positions, then mRoPE; segments
     [(L, [R, ...])]; images, grid (n, 3); sources (N,), where each response token is predicted, and
-    targets (N,); mask and the engine's logprobs (B, R), advantage (B, 1); members: the responses;
-    weight: 0 in a row that only keeps ranks in step."""
+    targets (N,); mask and the engine's logprobs (B, R), advantage (B, 1); members: the responses."""
+    config, vision = model.config, model.config.vision_config
     ids, positions, sources = [], [], []
     for _, group, members in pieces:
-        prompt = group["ids"]
-        last = len(ids) + len(prompt) - 1  # predicts the first token of every response
-        is_image = torch.tensor([[token == model.config.image_token_id for token in prompt]]).int()
-        mrope = model.model.get_rope_index(torch.tensor([prompt]), is_image, image_grid_thw=(
-            torch.tensor(group["grid"]) if group["grid"] else None))[0][:, 0]  # (3, L)
-        positions.append(torch.cat([torch.arange(len(prompt))[None], mrope]))
-        ids += prompt
+        prompt, grid = torch.tensor([group["ids"]]), torch.tensor(group["grid"])
+        mrope = model.model.get_rope_index(
+            prompt, (prompt == config.image_token_id).int(), image_grid_thw=grid)[0][:, 0]  # (3, L)
+        positions.append(torch.cat([torch.arange(prompt.shape[1])[None], mrope]))
+        ids += group["ids"]
+        # `last` predicts each first token. A prompt ends in text, hence at its mRoPE's maximum.
+        last, after = len(ids) - 1, positions[-1][:, -1:] + 1
         for response in members:
             sources += [last, *range(len(ids), len(ids) + len(response["ids"]) - 1)]
             ids += response["ids"]
-            # An image of many tokens advances mRoPE by its longer side only.
-            starts = torch.tensor([len(prompt), *[int(mrope.max()) + 1] * 3])
-            positions.append(starts[:, None] + torch.arange(len(response["ids"])))
-    images, grid = ([x for _, group, _ in pieces for x in group[key]] for key in ("images", "grid"))
-    if not images:  # the vision tower runs on every row, or FSDP's collectives would not line up
-        merge, vision = model.config.vision_config.spatial_merge_size, model.config.vision_config
-        images = [np.zeros((merge * vision.patch_size, merge * vision.patch_size, 3), np.uint8)]
-        grid = [(1, merge, merge)]
+            positions.append(after + torch.arange(len(response["ids"])))
+    # The vision tower runs on every row, or FSDP's collectives would not line up.
+    merge, side = vision.spatial_merge_size, vision.spatial_merge_size * vision.patch_size
+    images = [x for _, g, _ in pieces for x in g["images"]] or [np.zeros((side, side, 3), np.uint8)]
+    grid = [x for _, g, _ in pieces for x in g["grid"]] or [(1, merge, merge)]
     responses = [r for _, _, members in pieces for r in members]
     return {
         "input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None],
         "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for _, g, rs in pieces],
         "images": images, "grid": torch.tensor(grid), "sources": torch.tensor(sources),
-        "targets": torch.tensor([t for r in responses for t in r["ids"]]),
+        "targets": torch.tensor([t for r in responses for t in r["ids"]]), "weight": 1.0,
         "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
-        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses,
-        "weight": 1.0}
+        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses}
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
     """Attention of a packed row: query (1, heads, T, D), key and value (1, kv heads, T, D).
 
     One causal call for each prompt and one batched call for its responses, whose keys and values
-    are [prompt; own]. Without segments it is plain sdpa. Returns (1, T, heads, D), None."""
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    are [prompt; own]. Without segments attention_mask decides. Returns (1, T, heads, D), None."""
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    outputs, start = [], 0
-    for prompt, lengths in segments:
-        end = start + prompt + sum(lengths)
-        shared = [x[:, :, start : start + prompt] for x in (query, key, value)]
-        outputs.append(attend(*shared, is_causal=True))
+    if segments is None:
+        return attend(query, key, value, attn_mask=attention_mask).transpose(1, 2), None
+    sizes = [n for prompt, lengths in segments for n in (prompt, sum(lengths))]
+    parts, outputs = zip(*(x.split(sizes, 2) for x in (query, key, value))), []
+    for (prompt, lengths), first, own in zip(segments, parts, parts):  # prompt, then responses
+        outputs.append(attend(*first, is_causal=True))
         # (1, heads, sum R, D) -> (B, heads, R, D), padded on the right
-        own = [pad_sequence(x[0, :, start + prompt : end].transpose(0, 1).split(lengths), True)
-               .transpose(1, 2) for x in (query, key, value)]
-        k, v = (torch.cat([s.expand(len(lengths), -1, -1, -1), o], 2)
-                for s, o in zip(shared[1:], own[1:]))
+        own = [pad_sequence(x[0].transpose(0, 1).split(lengths), True).transpose(1, 2) for x in own]
+        k, v = (torch.cat([s.expand(len(o), -1, -1, -1), o], 2) for s, o in zip(first[1:], own[1:]))
         mask = torch.ones(max(lengths), k.shape[2], dtype=torch.bool, device=k.device).tril(prompt)
         out = attend(own[0], k, v, attn_mask=mask)
         outputs += [out[i : i + 1, :, :n] for i, n in enumerate(lengths)]
-        start = end
     return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", packed_attention)
 
 
 def logprobs(model, row, pixels, temperature, banned):
@@ -167,10 +160,9 @@ def logprobs(model, row, pixels, temperature, banned):
 
     pixels: (patches, C) of row["images"], made where they are used. temperature and banned (token
     ids that are never sampled) must be the engine's. Gradients flow through the log-probs only."""
-    tensors = [row[name].to(pixels.device) for name in (
-        "input_ids", "position_ids", "grid", "sources", "targets")]
+    *tensors, mask = (row[name].to(pixels.device) for name in (
+        "input_ids", "position_ids", "grid", "sources", "targets", "mask"))
     flat = model(pixels, *tensors, row["segments"], temperature, banned)
-    mask = row["mask"].to(pixels.device)
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
 
 
@@ -184,10 +176,8 @@ def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, 
         images, features = {}, model.model.get_image_features(pixels, grid, return_dict=True)
         levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
         idle = 0 * sum(f.sum() for level in levels for f in level)
-    hidden = model.model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **images,
-        use_cache=False, segments=segments).last_hidden_state[0]
-    hidden = hidden + idle
+    hidden = idle + model.model(input_ids, attention_mask, position_ids, use_cache=False,
+                                segments=segments, **images).last_hidden_state[0]
     return TokenLogprobs.apply(hidden[sources], model.lm_head.weight, targets, temperature, banned)
 
 
@@ -212,8 +202,7 @@ class TokenLogprobs(torch.autograd.Function):
         for rows, logits in TokenLogprobs._chunks(hidden, weight, temperature, banned):
             normaliser = normalisers[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
-            probs = (logits - normaliser[:, None]).exp_()
-            entropies[rows] = normaliser - torch.einsum("nv,nv->n", probs, logits)
+            entropies[rows] = normaliser - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
         ctx.save_for_backward(hidden, weight, targets, normalisers)
         ctx.settings = temperature, banned
         ctx.mark_non_differentiable(entropies)
@@ -237,12 +226,11 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def adamw(model, learning_rate, beta2, weight_decay):
-    """AdamW over the trainable weights; norms, biases and embeddings are not decayed."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p.ndim > 1 and "embed_tokens" not in name and "pos_embed" not in name
-               for name, p in named]
-    groups = [{"params": [p for (_, p), d in zip(named, decayed) if d is decay],
-               "weight_decay": weight_decay * decay} for decay in (True, False)]
+    """AdamW over what is trained; norms, biases and embeddings are not decayed."""
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    for name, p in model.named_parameters():
+        decayed = p.ndim > 1 and "embed_tokens" not in name and "pos_embed" not in name
+        groups[decayed]["params"].append(p)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
@@ -264,49 +252,52 @@ def named_weights(model):
 
 
 def _state_tensors(model, optimizer):
-    """Flat dict of the sharded weights (tied ones once) and AdamW's moments, made where missing."""
+    """Flat dict of the sharded weights (tied ones once) and AdamW's state, made where missing."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p
         if p.requires_grad:
-            if not optimizer.state[p]:
-                moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-            tensors |= {f"{k}.{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+            if not (state := optimizer.state[p]):
+                state |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                state["step"] = torch.zeros((), device=p.device)
+            tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
     return tensors
 
 
-def _digests(folder, names):
-    """{name: sha256} of the files that are there, on a shared disk: each rank hashes its share."""
+def _digests(folder):
+    """{name: sha256} of a folder's files, on a shared disk: each rank hashes its share."""
     mine, world = {}, dist.get_world_size()
-    for path in [Path(folder, name) for name in sorted(names)[dist.get_rank() :: world]]:
-        if path.exists():
-            with path.open("rb") as file:
-                mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(Path(folder).iterdir())[dist.get_rank() :: world]:
+        with path.open("rb") as file:
+            mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     dist.all_gather_object(everyone := [None] * world, mine)
     return {name: digest for part in everyone for name, digest in part.items()}
+
+
+def _flush(*paths):
+    """Wait until files, or folders' lists of names, are on disk; os.sync() would wait for all."""
+    for path in paths:
+        os.fsync(handle := os.open(path, os.O_RDONLY))
+        os.close(handle)
 
 
 def save_checkpoint(root, step, model, optimizer, state, keep):
     """Write root/step_000100 (safetensors shards, state.json, manifest.json), then move `latest`.
 
-    Written aside, flushed to disk (the shards by their writer) and renamed, so that `latest` is
-    whole whenever a crash comes. Then all but the newest `keep` and the step state["best"][0] are
-    removed. state: JSON values."""
+    Written aside, flushed (shards by their writer) and renamed: `latest` is whole whenever a crash
+    comes. Then all but the newest `keep` and step state["best"][0] go. state: JSON values."""
     name, aside = f"step_{step:06d}", Path(root, f"step_{step:06d}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)  # of a crash
-    dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    dcp.save(_state_tensors(model, optimizer), storage_writer=writer)
-    if dist.get_rank() == 0:
-        state = state | {"adam_step": max(s["step"].item() for s in optimizer.state.values())}
+        aside.mkdir(parents=True)
         (aside / "state.json").write_text(json.dumps(state))
     dist.barrier()
-    manifest = _digests(aside, os.listdir(aside))
+    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    dcp.save(_state_tensors(model, optimizer), storage_writer=writer)  # returns when all have saved
+    manifest = _digests(aside)
     if dist.get_rank() == 0:
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.sync()
+        _flush(aside / "state.json", aside / "manifest.json", aside)
         shutil.rmtree(Path(root, name), ignore_errors=True)
         aside.rename(Path(root, name))
         links = {"latest": name, "best": f"step_{state['best'][0]:06d}" if state["best"] else name}
@@ -314,7 +305,7 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
             Path(root, "link").unlink(missing_ok=True)
             Path(root, "link").symlink_to(target)
             Path(root, "link").rename(Path(root, link))
-        os.sync()
+        _flush(root)
         for old in sorted(Path(root).glob("step_*"))[:-keep]:
             if old.name not in links.values():
                 shutil.rmtree(old)
@@ -322,17 +313,10 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Fill model and optimizer from a checkpoint of any number of ranks; returns its state.
-    ValueError names a file that is missing or damaged."""
-    manifest = json.loads(Path(folder, "manifest.json").read_text())
-    found = _digests(folder, manifest)
-    for name in manifest:
-        if found.get(name) != manifest[name]:
-            raise ValueError(f"{folder}/{name} is {'damaged' if name in found else 'missing'}: let "
-                             "the link `latest` beside that folder point to another checkpoint")
-    dcp.load(_state_tensors(model, optimizer),
-             storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    state = json.loads(Path(folder, "state.json").read_text())
-    for moments in optimizer.state.values():
-        moments["step"].fill_(state["adam_step"])
-    return state
+    """Fill model and optimizer from a checkpoint of any number of ranks; returns its state."""
+    manifest, found = json.loads(Path(folder, "manifest.json").read_text()), _digests(folder)
+    for name, _ in manifest.items() - found.items():
+        raise ValueError(f"{folder}/{name} is {'damaged' if name in found else 'missing'}: let the "
+                         "link `latest` beside that folder point to another checkpoint")
+    dcp.load(_state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(folder))
+    return json.loads(Path(folder, "state.json").read_text())

@@ -1,47 +1,121 @@
-"""Sampling responses. Engine "torch": a plain unsharded copy of the model in PyTorch, for the CPU
-and for teaching. It needs no collective while it samples, so ranks may finish at different times.
+"""Sampling responses. Two engines: "vllm", in this process, and "torch", a plain unsharded copy of
+the model for the CPU and for teaching, which needs no collective while it samples.
 
 An engine is filled by sync() with the trainer's weights and asked by generate(), which yields each
 group as soon as its last response is done."""
 
+import os
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig
+
+VLLM_TRIED = ("0.25.1", "0.32.0")
 
 
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
 
-    cfg: .model (folder or hub id), .dtype, .engine_args (max_num_seqs, responses decoded at once).
-    patches: function from a list of images to their (patches, C) pixels. Returns .model, .stop_ids
-    (they end a response) and .banned (never sampled: image tokens without an image)."""
-    args = {"max_num_seqs": 128} | cfg.engine_args
-    if len(args) > 1 or type(args["max_num_seqs"]) is not int:
-        raise ValueError(f"engine_args={cfg.engine_args}: give max_num_seqs, a whole number, only")
+    cfg: .model (folder or hub id), .dtype, .engine and .engine_args ("torch": max_num_seqs, the
+    responses decoded at once; "vllm": any argument of vllm.LLM), for "vllm" also .tensor_parallel,
+    .gpu_memory_utilization, .max_prompt_tokens, .max_response_tokens and .max_pixels. patches:
+    function from a list of images to their (patches, C) pixels. Returns .stop_ids (they end a
+    response), .banned (never sampled: image tokens without an image) and .version (of its weights,
+    for the caller to set; None: random or asleep). ValueError, OSError: what to change."""
     config = AutoConfig.from_pretrained(cfg.model)
     stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id  # OSError: no such file
     if stop_ids is None:
         raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, so what ends "
                          "a response is unknown: copy it from the base model")
-    banned = [getattr(config, f"{name}_token_id")
-              for name in ("image", "video", "vision_start", "vision_end")]
+    engine = SimpleNamespace(
+        llm=None, version=None, device=device, patches=patches, image_id=config.image_token_id,
+        stop_ids={stop_ids} if isinstance(stop_ids, int) else set(stop_ids),
+        banned=[getattr(config, f"{name}_token_id")
+                for name in ("image", "video", "vision_start", "vision_end")])
+    if cfg.engine == "vllm":
+        engine.llm = _start_vllm(cfg, device)
+        return engine
+    args = {"max_num_seqs": 128} | cfg.engine_args
+    if len(args) > 1 or type(args["max_num_seqs"]) is not int:
+        raise ValueError(f"engine_args={cfg.engine_args}: give max_num_seqs, a whole number, only")
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, cfg.dtype))
-    return SimpleNamespace(
-        model=model.requires_grad_(False).eval(), device=device, patches=patches, banned=banned,
-        stop_ids={stop_ids} if isinstance(stop_ids, int) else set(stop_ids), **args)
+    engine.model, engine.max_num_seqs = model.requires_grad_(False).eval(), args["max_num_seqs"]
+    return engine
+
+
+def _start_vllm(cfg, device):
+    """vLLM in this process, one engine for each tensor_parallel consecutive ranks of torchrun."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
+    try:
+        import vllm
+    except ImportError as error:
+        raise ValueError(f'engine="vllm" needs vLLM ({error}): pip install vllm, one of the tried '
+                         f'versions {VLLM_TRIED}, or set engine="torch"') from error
+    if vllm.__version__ not in VLLM_TRIED and int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: vLLM {vllm.__version__} was not tried with this code; if engine_gap is "
+              f"high or the engine fails, install one of {VLLM_TRIED}", flush=True)
+    length = cfg.max_prompt_tokens + cfg.max_response_tokens
+    args = dict(
+        model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length,
+        tensor_parallel_size=cfg.tensor_parallel, distributed_executor_backend="external_launcher",
+        gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=device.type == "cuda",
+        max_num_batched_tokens=max(8192, length), logprobs_mode="processed_logprobs",
+        # Images come in their final size. The limits must admit it, or they are resized once more.
+        mm_processor_kwargs={"min_pixels": 1, "max_pixels": cfg.max_pixels},
+        limit_mm_per_prompt={"image": cfg.max_prompt_tokens // 3, "video": 0},  # as many as fit
+        mm_processor_cache_gb=0, seed=0)
+    # Mean and deviation of the pixels would be dummies, too, and no sync would ever send them.
+    if "mm_device_do_normalize" in vllm.EngineArgs.__dataclass_fields__:
+        args["mm_device_do_normalize"] = False
+    if device.type == "cpu":  # seeded sampling crashes on chunks there
+        args["enable_chunked_prefill"] = False
+    try:
+        return vllm.LLM(**args | cfg.engine_args)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"vLLM {vllm.__version__} does not start: {error}. If it is memory: change "
+            f"gpu_memory_utilization={cfg.gpu_memory_utilization}, tensor_parallel="
+            f"{cfg.tensor_parallel} or the token limits (now {length}); else look at engine_args="
+            f"{cfg.engine_args}") from error
 
 
 @torch.no_grad()
 def sync(engine, named_weights):
-    """Copy every weight of the trainer; raises ValueError naming those that did not come."""
-    missing = dict(engine.model.state_dict())
-    for name, weight in named_weights:
-        missing.pop(name).copy_(weight)
-    if missing:
-        raise ValueError(f"{len(missing)} weights were not sent: {', '.join(sorted(missing)[:5])}")
+    """Copy every weight of the trainer: (Hugging Face name, whole tensor), tied ones under each
+    name. Wakes an engine that sleeps. ValueError names weights that did not come ("torch"; vLLM
+    accepts that silently, but then engine_gap is high)."""
+    if not engine.llm:
+        missing = dict(engine.model.state_dict())
+        for name, weight in named_weights:
+            missing.pop(name).copy_(weight)
+        if missing:
+            raise ValueError(f"{len(missing)} weights were not sent: "
+                             f"{', '.join(sorted(missing)[:5])}")
+        return
+    llm, sleeps = engine.llm, engine.device.type == "cuda" and engine.llm.llm_engine.is_sleeping()
+    # vLLM reads experts in the published layout (E, in, out); transformers holds (E, out, in).
+    weights = ((name, w.transpose(1, 2) if ".experts." in name and w.ndim == 3 else w)
+               for name, w in named_weights)
+    if sleeps:  # weights before the cache: both do not fit beside what a reload needs
+        llm.wake_up(["weights"])
+    # Its model's own load_weights() works only once.
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if sleeps:
+        llm.wake_up(["kv_cache"])
+    # Each of them would answer a known prompt or image with the old weights, or crash.
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+
+
+def sleep(engine):
+    """Give the engine's GPU memory to the trainer; its weights are gone until the next sync()."""
+    if engine.llm and engine.device.type == "cuda":
+        engine.llm.sleep(level=2)
+        engine.version = None
 
 
 def generate(engine, prompts, **sampling):
@@ -52,11 +126,44 @@ def generate(engine, prompts, **sampling):
     max_tokens, top_p. Response i draws from generator(seed + i), whatever else is in the batch.
     responses: group_size dicts of ids, logprobs (of the distribution sampled from: at this
     temperature, or 1 if greedy, banned ids excluded) and finish_reason ("stop", its stop id
-    included, or "length" after max_tokens)."""
+    included, or "length" after max_tokens). Ranks of one vLLM engine must ask for the same."""
+    if engine.llm:
+        yield from _generate_vllm(engine, prompts, **sampling)
+        return
     wave = max(1, engine.max_num_seqs // sampling["group_size"])
     for first in range(0, len(prompts), wave):
         for i, responses in _decode(engine, prompts[first : first + wave], **sampling):
             yield first + i, responses
+
+
+def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
+    """All prompts at once, so that the batch refills itself as responses end."""
+    from vllm import SamplingParams
+
+    requests, params = [], []
+    for prompt in prompts:
+        # vLLM expands each image's one pad itself: a pad that follows a pad is left out.
+        ids = [t for last, t in zip([None, *prompt["ids"]], prompt["ids"])
+               if not t == last == engine.image_id]
+        images = [Image.fromarray(image) for image in prompt["images"]]
+        requests.append({"prompt_token_ids": ids} | (
+            {"multi_modal_data": {"image": images}} if images else {}))
+        params.append(SamplingParams(
+            n=group_size, seed=prompt["seed"], temperature=temperature, top_p=top_p,
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(engine.stop_ids),
+            logit_bias=dict.fromkeys(engine.banned, -100.0), logprobs=0, detokenize=False))
+    names = engine.llm.enqueue(requests, params, use_tqdm=False)
+    index = {name.split("-")[0]: i for i, name in enumerate(names)}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for out in engine.llm.llm_engine.step():
+            i = index[out.request_id]
+            if out.prompt_token_ids != prompts[i]["ids"]:
+                raise RuntimeError(
+                    f"row {prompts[i].get('row')}: vLLM made {len(out.prompt_token_ids)} tokens of "
+                    f"its prompt, the trainer {len(prompts[i]['ids'])}: the image settings of the "
+                    "model folder differ from the base model's, or engine_args changes them")
+            yield i, [{"ids": list(c.token_ids), "finish_reason": c.finish_reason, "logprobs": [
+                step[t].logprob for t, step in zip(c.token_ids, c.logprobs)]} for c in out.outputs]
 
 
 @torch.no_grad()

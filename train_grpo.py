@@ -8,7 +8,6 @@ each group -> packed rows -> updates. main() at the end is that loop."""
 import os
 import resource
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -37,16 +36,28 @@ defaults = dict(
     learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
     loss="grpo", loss_mean="token",  # "grpo", "gspo" or "cispo"; mean over "token" or "sequence"
     clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0, kl_coef=0.01,
-    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False, engine="torch",
-    engine_args={},  # torch: max_num_seqs, the responses that are decoded at once
-    judge="exact", embedder="ngram", embed_threshold=0.8, embed_soft=False,
+    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
+    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5,  # "torch": plain, for CPUs
+    engine_args={},  # of vllm.LLM; torch: max_num_seqs, the responses decoded at once
+    max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
+    engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
+    judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
+    judge_model="Qwen/Qwen3-4B-Instruct-2507", judge_api_key_env="",  # the name of a variable
+    judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
+    judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
+    max_unscored=0.05,  # a share of the responses; more stops the run, saved
+    embedder="abhinand/MedEmbed-large-v0.1",  # a SentenceTransformer, or "ngram"
+    embed_threshold=0.8, embed_soft=False,
     weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
     validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False,  # on a restart
 )
-CHOICES = dict(loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("torch",),
-               dtype=("bfloat16", "float32"), log=("", "wandb", "tensorboard"))
+CHOICES = dict(
+    loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("vllm", "torch"),
+    dtype=("bfloat16", "float32"), log=("", "wandb", "tensorboard"))
 POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
-            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints")
+            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints",
+            "tensor_parallel", "judge_concurrency", "judge_timeout_s")
+GAPS = {"float32": 1e-3, "bfloat16": 0.1}  # healthy: 1e-6, and 0.01 to 0.02
 SHOWN = ("reward/overall", "val/reward/overall", "val_sampled/reward/overall", "time/step")
 
 
@@ -67,6 +78,9 @@ def check(cfg, world):
             c.prompts_per_step >= world,
         f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
         f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
+        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}, and be 1 "
+        f"for engine={c.engine!r} if that is not vllm": world % max(c.tensor_parallel, 1) == 0
+            and (c.engine == "vllm" or c.tensor_parallel == 1),
         f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
         f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
     for message in (message for message, kept in rules.items() if not kept):
@@ -77,9 +91,9 @@ def set_up(cfg):
     """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     cfg.prompt_template = data.read_template(cfg.prompt_template)
-    run = SimpleNamespace(cfg=cfg, times={}, engine_updates=None)
-    run.scorer = reward.load(cfg)
+    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2)  # the first gap decides at once
     run.rank, run.world, run.device = common.start()
+    run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
     run.train, run.val = (
         data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
@@ -97,10 +111,10 @@ def set_up(cfg):
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
     patches = partial(data.patches, processor=run.processor, device=run.device)
     run.engine = rollout.load(cfg, run.device, patches)
-    run.state = {"step": 0, "updates": 0, "cursor": 0, "bad_rows": [], "not_finite": 0,
-                 "best": None}  # what a checkpoint keeps beside weights and moments
+    run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None}
     if latest:
         run.state = policy.load_checkpoint(latest, run.model, run.optimizer)
+    run.saved = run.state["step"]
     return run
 
 
@@ -120,57 +134,47 @@ def print_arithmetic(run):
           f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
 
 
-def decode(rows, row):
-    """The prompt of a row with its images; None, and said, if its pixels cannot be read."""
-    try:
-        return data.prompt(rows, row)
-    except data.BadRow as error:
-        print(f"skipped {error}", flush=True)
+def engine_slots(run, count):
+    """The slots below count that this rank's engine samples. Slot s of a step is scored and
+    trained by rank s % world; tensor_parallel consecutive ranks share an engine."""
+    size = run.cfg.tensor_parallel
+    return [slot for slot in range(count) if slot % run.world // size == run.rank // size]
 
 
 def next_prompts(run, step):
-    """This rank's prompts of a step; slot s of the step belongs to rank s % world.
-
-    Rows come in the order of (seed, epoch, cursor). Where a row's pixels turn out to be unreadable
-    the next row takes its slot, on all ranks alike, so a step does not depend on their number."""
-    cfg, state, keep = run.cfg, run.state, run.train.keep
-    rows, prompts, empty = {}, {}, range(cfg.prompts_per_step)
-    while empty:
-        rows |= {slot: keep[i] for slot, i in zip(empty, data.order(
-            len(keep), cfg.seed, state["cursor"], len(empty)))}
-        state["cursor"] += len(empty)
-        prompts |= {s: decode(run.train, rows[s]) for s in empty if s % run.world == run.rank}
-        failed = common.gather([s for s, prompt in prompts.items() if prompt is None])
-        empty = sorted(sum(failed, []))
-        state["bad_rows"] = sorted({*state["bad_rows"], *(rows[s] for s in empty)})
-        bad = len(state["bad_rows"]) + len(run.train.bad)
-        if bad > cfg.max_bad_rows * len(run.train.rows):
-            raise ValueError(f"{bad} of {len(run.train.rows)} rows are bad, above max_bad_rows="
-                             f"{cfg.max_bad_rows}: mend the rows named above, or raise it")
-    for slot, prompt in prompts.items():  # a row that comes twice in a step is two draws
-        draw = sum(rows[s] == rows[slot] for s in range(slot))
-        prompt |= {"slot": slot, "seed": common.seed_of(cfg.seed, step, rows[slot], draw)}
-    return list(prompts.values())
+    """The prompts of a step for this rank's engine, in the order of (seed, epoch, cursor)."""
+    cfg, keep = run.cfg, run.train.keep
+    rows = [keep[i] for i in data.order(
+        len(keep), cfg.seed, run.state["cursor"], cfg.prompts_per_step)]
+    prompts = []
+    for slot in engine_slots(run, len(rows)):
+        draw = rows[:slot].count(rows[slot])  # a row that comes twice in a step is two draws
+        seed = common.seed_of(cfg.seed, step, rows[slot], draw)
+        prompts.append(data.prompt(run.train, rows[slot]) | {"slot": slot, "seed": seed})
+    return prompts
 
 
 def sample(run, prompts, **sampling):
-    """Groups: prompts with "responses", dicts of ids, logprobs, finish_reason, text and parts.
-
-    Each group is scored as soon as its last response is done, while others still decode."""
-    if run.engine_updates != run.state["updates"]:
+    """This rank's groups: prompts with "responses", dicts of ids, logprobs, finish_reason, text
+    and parts. The judge reads a group as soon as it is done, while others still decode."""
+    if run.engine.version != run.state["updates"]:
         with common.timed(run.times, "sync"):
             rollout.sync(run.engine, policy.named_weights(run.model))
-        run.engine_updates = run.state["updates"]
-    groups, sampling["max_tokens"] = [None] * len(prompts), run.cfg.max_response_tokens
+        run.engine.version = run.state["updates"]
+    groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
     with common.timed(run.times, "rollout"):
         for i, responses in rollout.generate(run.engine, prompts, **sampling):
-            ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
-            texts, prompt = [run.processor.tokenizer.decode(x) for x in ids], prompts[i]
-            with common.timed(run.times, "reward_wait"):
-                parts = reward.score(run.scorer, prompt["problem"], prompt["solution"], texts)
-            groups[i] = prompt | {"responses": [
-                r | {"text": t, "parts": p} for r, t, p in zip(responses, texts, parts)]}
-    return groups
+            if prompts[i]["slot"] % run.world == run.rank:
+                for r in responses:
+                    r["text"] = run.processor.tokenizer.decode(
+                        [t for t in r["ids"] if t not in run.engine.stop_ids])
+                groups.append(prompts[i] | {"responses": responses})
+                jobs.append(reward.start(run.scorer, prompts[i]["problem"], prompts[i]["solution"],
+                                         [r["text"] for r in responses]))
+    with common.timed(run.times, "reward_wait"):
+        for group, parts in zip(groups, reward.finish(run.scorer, jobs)):
+            group["responses"] = [r | {"parts": p} for r, p in zip(group["responses"], parts)]
+    return sorted(groups, key=lambda group: group["slot"])
 
 
 def add_advantages(groups):
@@ -234,26 +238,65 @@ def backward(run, update, row):
     cfg = run.cfg
     logprobs, entropy = policy.logprobs(run.model, row, run.engine.patches(row["images"]),
                                         cfg.temperature, run.engine.banned)
-    old_logprobs = row.get("old_logprobs", logprobs.detach())
+    old_logprobs = row.setdefault("old_logprobs", logprobs.detach())
     advantages, engine_logprobs, mask = (
         row[k].to(logprobs.device) for k in ("advantage", "logprobs", "mask"))
     token_loss, clipped = objective.policy_loss(
         logprobs, old_logprobs, advantages, mask, cfg.loss,
         cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_dual)
+    if cfg.engine_is_cap:  # truncated importance sampling: the engine's policy drew the tokens
+        ratio = (old_logprobs - engine_logprobs).exp()
+        token_loss = token_loss * ratio.clamp(max=cfg.engine_is_cap)
+        clipped["engine_is"] = ratio > cfg.engine_is_cap
     kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
     weights = row["weight"] * objective.token_weights(
         mask, cfg.loss_mean, update.tokens, update.responses)
     # FSDP averages gradients over ranks, but these weights sum to 1 over all of them already.
     ((token_loss + cfg.kl_coef * kl) * weights).sum().mul(run.world).backward()
     counted = mask * row["weight"]
-    gap = (engine_logprobs - old_logprobs).abs() * counted
     sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
-            "entropy": entropy * counted, "engine_gap/mean": gap,
+            "entropy": entropy * counted,
             **{f"clip_frac/{k}": v * counted for k, v in clipped.items()}}
     sums = {k: v.sum().item() for k, v in sums.items()}
     sums["packed"] = row["input_ids"].numel() * row["weight"]
     sums["alone"] = sum(p + n for p, lengths in row["segments"] for n in lengths) * row["weight"]
-    return sums, gap.max().item()
+    return sums
+
+
+def check_gap(run, updates):
+    """engine_gap/*: how far engine and trainer disagree on this step's tokens, before any update.
+
+    Above max_engine_gap the responses come from another policy than the one that is trained."""
+    rows = [row for update in updates for row in update.rows if row["weight"]]
+    gaps = torch.cat([torch.zeros(0), *(
+        (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]] for row in rows)])
+    sums = common.total({"gap": gaps.sum(), "tokens": len(gaps)})
+    mean, limit = sums["gap"] / sums["tokens"], run.cfg.max_engine_gap or GAPS[run.cfg.dtype]
+    run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
+    said = (f"engine_gap: engine and trainer differ by {mean:.3g} in a token's log-prob, "
+            f"max_engine_gap is {limit:g}: compare engine_args and the version of vLLM with those "
+            "tried (README, 'When it breaks')")
+    if run.gaps_over == 3:
+        stop(run, said)
+    if mean > limit / 3 and run.rank == 0:
+        tqdm.write(f"warning: {said}")
+    largest = max(common.gather(max(gaps.tolist(), default=0.0)))
+    return {"engine_gap/mean": mean, "engine_gap/max": largest}
+
+
+def check_unscored(run, share):
+    """Stop the run where the judge left too many responses without a verdict."""
+    if share > run.cfg.max_unscored:
+        stop(run, f"{share:.1%} of the responses have no verdict, above max_unscored="
+             f"{run.cfg.max_unscored}: look after the judge at {run.cfg.judge_url}, then start "
+             f"again to go on from here. The judge: {run.scorer.last_failure}")
+
+
+def stop(run, why):
+    """End the run before an update, with the last finished step saved."""
+    if run.saved != run.state["step"]:
+        save(run)
+    raise RuntimeError(why)
 
 
 def train(run, groups):
@@ -264,13 +307,11 @@ def train(run, groups):
         add_logprobs(run, updates, run.model, "old_logprobs")
     if cfg.kl_coef:
         add_logprobs(run, updates, run.reference, "ref_logprobs")
-    done, gaps, norms = [], [0.0], []
+    done, norms, metrics = [], [], {}
     with common.timed(run.times, "update"):
         for update in [u for u in updates if u.rows]:  # no group to learn from: no step
-            for row in update.rows:
-                sums, gap = backward(run, update, row)
-                done.append(sums)
-                gaps.append(gap)
+            done += [backward(run, update, row) for row in update.rows]
+            metrics = metrics or check_gap(run, updates)
             state["updates"] += 1
             lr = cfg.learning_rate * min(1.0, state["updates"] / max(cfg.warmup_updates, 1))
             norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
@@ -278,11 +319,10 @@ def train(run, groups):
             if state["not_finite"] == 3:
                 raise RuntimeError("3 gradients in a row were not finite: lower learning_rate and "
                                    "look at the last rollouts; the last checkpoint is unharmed")
-    metrics = {"updates_skipped": cfg.updates_per_step - sum(n < float("inf") for n in norms)}
+    metrics["updates_skipped"] = cfg.updates_per_step - sum(n < float("inf") for n in norms)
     if norms:
         sums = common.total({k: sum(s[k] for s in done) for k in done[0]})
         metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms),
-                    "engine_gap/max": max(common.gather(max(gaps))),
                     "perf/packing_saving": sums.pop("alone") / sums.pop("packed")}
         per = {k: len(norms) if k.startswith("loss/") else sums["tokens"] for k in sums}
         metrics |= {k: v / per[k] for k, v in sums.items() if k != "tokens"}
@@ -291,10 +331,9 @@ def train(run, groups):
 
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
-    slots = range(run.rank, len(run.val_rows), run.world)
-    prompts = {slot: decode(run.val, run.val_rows[slot]) for slot in slots}
-    prompts = [prompt | {"slot": slot, "seed": common.seed_of(run.cfg.seed, "val", slot)}
-               for slot, prompt in prompts.items() if prompt]
+    prompts = [data.prompt(run.val, run.val_rows[slot]) | {
+        "slot": slot, "seed": common.seed_of(run.cfg.seed, "val", slot)}
+        for slot in engine_slots(run, len(run.val_rows))]
     metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
     for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
         if name == "val" or temperature:
@@ -316,21 +355,29 @@ def write_groups(run, name, groups):
         common.write_lines(f"{run.cfg.out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
 
 
+def save(run):
+    with common.timed(run.times, "save"):  # logged with the next step
+        policy.save_checkpoint(f"{run.cfg.out_dir}/checkpoints", run.state["step"], run.model,
+                               run.optimizer, run.state, run.cfg.keep_checkpoints)
+    run.saved = run.state["step"]
+
+
 def finish_step(run, metrics):
     """Validate, log and save, each where due. The line is written before the checkpoint: a crash
     between them repeats a step and loses none."""
     cfg, state, step = run.cfg, run.state, run.state["step"]
     last, times = step == run.last_step, dict(run.times)  # validate() adds to run.times
-    save = step > 0 and (step % cfg.save_every == 0 or last)
     if step:
         tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]
         tokens *= cfg.prompts_per_step * cfg.group_size
         metrics["perf/tokens_per_s_per_gpu"] = tokens / times["step"] / run.world
+    due = step > 0 and (step % cfg.save_every == 0 or last)
     if step % cfg.validate_every == 0 or last:
         with common.timed(times, "validate"):
             metrics |= validate(run)
-        if save and metrics["val/reward/overall"] > (state["best"] or [0, -1.0])[1]:
-            state["best"] = [step, metrics["val/reward/overall"]]
+        value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
+        if due and value > (state["best"] or [0, -1.0])[1]:
+            state["best"] = [step, value]
     peak = torch.cuda.max_memory_allocated() / 1e9  # without a GPU: the memory of the process
     metrics["perf/peak_mem_gb"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
@@ -340,31 +387,33 @@ def finish_step(run, metrics):
         run.dashboard(step, metrics)
         tqdm.write(f"step {step:4d}  " + "  ".join(
             f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics))
-    if save:
-        with common.timed(run.times, "save"):  # logged with the next step
-            policy.save_checkpoint(f"{cfg.out_dir}/checkpoints", step, run.model, run.optimizer,
-                                   state, cfg.keep_checkpoints)
+    if due:
+        save(run)
+    check_unscored(run, metrics.get("val/reward/unscored", 0.0))
 
 
 def main():
     try:
         run = set_up(common.load_config(defaults, sys.argv[1:]))
-    except (ValueError, OSError, ImportError) as error:  # a mistake that every rank meets
-        time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)  # rank 0 says it
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    cfg, state = run.cfg, run.state
-    if state["step"] == 0:
-        finish_step(run, {})
-    for step in tqdm(range(state["step"] + 1, run.last_step + 1), initial=state["step"],
-                     total=run.last_step, disable=run.rank > 0):
-        with common.timed(run.times, "step"):
-            prompts = next_prompts(run, step)
-            groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
-            add_advantages(groups)
-            metrics = response_metrics(groups) | group_metrics(groups) | train(run, groups)
-        state["step"] = step
-        write_groups(run, "step", groups)
-        finish_step(run, metrics)
+        cfg, state = run.cfg, run.state
+        if state["step"] == 0:
+            finish_step(run, {})
+        for step in tqdm(range(state["step"] + 1, run.last_step + 1), initial=state["step"],
+                         total=run.last_step, disable=run.rank > 0):
+            with common.timed(run.times, "step"):
+                prompts = next_prompts(run, step)
+                groups = sample(run, prompts, group_size=cfg.group_size,
+                                temperature=cfg.temperature)
+                rollout.sleep(run.engine)
+                add_advantages(groups)
+                metrics = response_metrics(groups) | group_metrics(groups)
+                check_unscored(run, metrics["reward/unscored"])
+                metrics |= train(run, groups)
+            state |= {"step": step, "cursor": state["cursor"] + cfg.prompts_per_step}
+            write_groups(run, "step", groups)
+            finish_step(run, metrics)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        common.stop(error)
     dist.destroy_process_group()
 
 

@@ -86,6 +86,23 @@ def test_unknown_names_and_files(tmp_path):
         load(tmp_path / "two.py")
 
 
+# --- stop -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank, waits", [(None, 0), ("0", 0), ("1", 5), ("7", 5)])
+def test_stop(monkeypatch, rank, waits):
+    """Rank 0 speaks at once. The others wait: where all meet the mistake, torchrun ends them
+    meanwhile, and one that met it alone still says it."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        common.stop(ValueError("a row,\n  and more"))
+    assert end.value.code == "error: a row, and more" and sum(slept) == waits
+
+
 # --- numbers --------------------------------------------------------------------------------------
 
 
@@ -191,7 +208,10 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path, half):
 
 FREE = {"steps": 9, "epochs": 9, "validate_every": 9, "save_every": 9, "keep_checkpoints": 9,
         "log": "tensorboard", "engine_args": {"max_num_seqs": 9}, "tokens_per_micro_batch": 9999,
-        "activation_checkpointing": True, "accept_changes": True}
+        "activation_checkpointing": True, "accept_changes": True, "engine": "torch",
+        "tensor_parallel": 2, "gpu_memory_utilization": 0.9, "max_engine_gap": 0.9,
+        "judge_url": "http://elsewhere/v1", "judge_api_key_env": "KEY", "judge_timeout_s": 9.0,
+        "judge_patience_s": 9.0, "judge_concurrency": 9, "max_unscored": 0.9}
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -274,7 +294,9 @@ def test_free_and_fixed_name_settings():
     assert {*common.FREE} <= names and {*common.FIXED} <= names
     assert not {*common.FREE} & {*common.FIXED}
     assert {*FIXED} == {*common.FIXED}, "each of them is tried above"
-    assert {*FREE} == {*common.FREE} - {"out_dir", "engine"}, "engine knows one value as yet"
+    assert {*FREE} == {*common.FREE} - {"out_dir"}, "each of them is tried above"
+    every = {k for k in names if k.endswith("_every")}
+    assert every and every <= {*common.FREE}
 
 
 # --- dashboards -----------------------------------------------------------------------------------

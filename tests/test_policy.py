@@ -1,4 +1,9 @@
-"""What the settings of policy.load promise: precision, freezing, checkpointing, decay."""
+"""What the settings of policy.load promise: precision, freezing, checkpointing, decay; what
+memory() counts; and that a checkpoint is whole."""
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -104,3 +109,108 @@ def test_an_unknown_architecture_is_refused(process_group, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": []}')
     with pytest.raises(ValueError, match=r"qwen3.*not one of.*qwen3_vl_moe"):
         load(str(tmp_path))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_is_that_of_the_tensors(kind, tied, process_group, tmp_path):
+    """What policy.memory calculates is what weights, gradients and moments really take."""
+    model = load(tiny_models.save(kind, tmp_path, tied=tied))
+    optimizer = policy.adamw(model, 1e-3, 0.9, 0.0)
+    cfg = tiny_models.settings("", dtype="bfloat16", kl_coef=0.0)
+    gradients(model, tiny_models.processor(kind))
+    # By address: a tied weight has two names.
+    weights = {w.to_local().data_ptr(): w.to_local().nbytes for w in model.state_dict().values()}
+    grads = sum(p.grad.to_local().nbytes for p in model.parameters())
+    policy.optimizer_step(model, optimizer, 1e-3, 1.0)
+    moments = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    at_rest = sum(weights.values()) + sum(m.to_local().nbytes for m in moments)
+    expected = at_rest / 1e9, (at_rest + grads) / 1e9
+    assert policy.memory(model, cfg, 1) == pytest.approx(expected)
+    assert policy.memory(model, cfg, 4) == pytest.approx([x / 4 for x in expected])
+
+
+def test_memory_of_a_reference_model_and_of_frozen_vision(path, process_group):
+    settings = tiny_models.settings(path, dtype="bfloat16", kl_coef=0.0)
+    model, reference = load(path), policy.load(settings, CPU, trainable=False)
+    alone, kl = policy.memory(model, settings, 1), tiny_models.settings(
+        path, dtype="bfloat16", kl_coef=0.01)
+    more = sum(p.nbytes for p in reference.parameters()) / 1e9
+    assert policy.memory(model, kl, 1) == pytest.approx([x + more for x in alone])
+    frozen = sum(p.numel() for p in model.model.visual.parameters()) / 1e9
+    model.model.visual.requires_grad_(False)
+    expected = alone[0] - 8 * frozen, alone[1] - 12 * frozen
+    assert policy.memory(model, settings, 1) == pytest.approx(expected)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(path, process_group):
+    """Model and optimizer after two steps."""
+    model = load(path)
+    optimizer = policy.adamw(model, 1e-2, 0.9, 0.0)
+    for _ in range(2):
+        gradients(model, tiny_models.processor("qwen3_vl"))
+        policy.optimizer_step(model, optimizer, 1e-2, 1.0)
+    return model, optimizer
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(trained, tmp_path, monkeypatch):
+    """Every file and the folder are flushed, then renamed, then `latest` moves, then the parent is
+    flushed; nothing makes the whole machine write its disks."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def flushed(handle):
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        fsync(handle)
+
+    def renamed(path, target):
+        events.append(("rename", Path(target).name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "sync", lambda: pytest.fail("os.sync() was called"))
+    monkeypatch.setattr(Path, "rename", renamed)
+    policy.save_checkpoint(tmp_path, 7, *trained, {"best": None}, keep=1)
+    events = [e for e in events if not e[1].startswith(".")]
+    done = events.index(("rename", "step_000007"))
+    files = {p.name for p in (tmp_path / "step_000007").iterdir()}
+    assert len(files) >= 3 and files | {"step_000007.partial"} <= {n for _, n in events[:done]}
+    assert events[done - 1] == ("flush", "step_000007.partial")
+    assert events[done:][-1] == ("flush", tmp_path.name)
+    assert {("rename", "latest"), ("rename", "best")} == {*events[done + 1 : -1]}
+
+
+def test_a_checkpoint_brings_back_weights_moments_and_steps(trained, path, tmp_path):
+    model, optimizer = trained
+    policy.save_checkpoint(tmp_path, 2, model, optimizer, {"best": [2, 0.5], "cursor": 3}, keep=1)
+    fresh = load(path)
+    other = policy.adamw(fresh, 1e-2, 0.9, 0.0)
+    assert policy.load_checkpoint(tmp_path / "latest", fresh, other)["cursor"] == 3
+    for (name, ours), theirs in zip(fresh.named_parameters(), model.parameters()):
+        assert torch.equal(ours.full_tensor(), theirs.full_tensor()), name
+        assert other.state[ours]["step"] == optimizer.state[theirs]["step"] == 2
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = other.state[ours][key], optimizer.state[theirs][key]
+            assert torch.equal(*(m.full_tensor() for m in moments)), name
+
+
+@pytest.mark.parametrize("harm", ["flip a bit", "cut off", "empty", "remove"])
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, harm):
+    policy.save_checkpoint(tmp_path, 2, *trained, {"best": None}, keep=1)
+    for name in json.loads((tmp_path / "latest/manifest.json").read_text()):
+        file = tmp_path / "latest" / name
+        content = file.read_bytes()
+        changed = {"flip a bit": content[:-1] + bytes([content[-1] ^ 1]), "cut off": content[:-1],
+                   "empty": b""}
+        file.write_bytes(changed[harm]) if harm in changed else file.unlink()
+        said = "damaged" if harm in changed else "missing"
+        with pytest.raises(ValueError, match=rf"{name} is {said}: .*`latest`"):
+            policy.load_checkpoint(tmp_path / "latest", *trained)
+        file.write_bytes(content)
+    assert policy.load_checkpoint(tmp_path / "latest", *trained) == {"best": None}

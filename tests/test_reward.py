@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
 
-DEFAULTS = {"judge": "exact", "embedder": "ngram", "embed_threshold": 0.8, "embed_soft": False,
+DEFAULTS = {"judge": "exact", "embedder": "ngram", "embed_threshold": 0.8, "embed_soft": False, "judge_check": True,
             "weight_judge": 0.575, "weight_embed": 0.375, "weight_modality": 0.05,
             "weight_format": 0.1}
 

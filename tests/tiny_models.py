@@ -52,7 +52,9 @@ def config(kind, tied=True, vocab=200):
         "out_hidden_size": 64,
     }
     if kind == "qwen2_5_vl":
-        rope = ROPE | {"mrope_section": [4, 2, 2]}
+        # Its head_dim is hidden_size / heads; vLLM's CPU build takes 32, not 16.
+        text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+        rope = ROPE | {"mrope_section": [6, 5, 5]}
         vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
         return Qwen2_5_VLConfig(
             text_config=text | {"rope_parameters": rope}, vision_config=vision, **ids
@@ -65,7 +67,7 @@ def config(kind, tied=True, vocab=200):
     text |= {
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": 64,  # vLLM reloads no expert whose size its kernels pad
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
