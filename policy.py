@@ -1,10 +1,7 @@
 """The model that is trained: sharding (FSDP2), packed rows, log-probs, optimizer, checkpoints.
 
-A group (one prompt, its images and G responses) is trained as packed rows
-    [prompt | response a | response b | ...]
-in which every response attends to the shared prompt and to itself only. Prompt and images thus go
-through the model once per group instead of G times, with the same log-probs and gradients.
-
+A group is trained as packed rows [prompt | response a | response b | ...] in which every response
+attends to the shared prompt and to itself only: prompt and images go through the model once.
 Shapes: a row of T tokens has B responses of up to R tokens, N in all, to prompts of L tokens."""
 
 import functools
@@ -27,12 +24,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 CHUNK_ELEMENTS = 2**26  # logits held at once by the log-prob step: 256 MB in fp32
 
-
 def load(cfg, device, trainable=True):
     """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
-
     cfg: .model (folder or hub id), .dtype (of the computation; a trainable model is kept in fp32),
-    .freeze_vision, .activation_checkpointing. Only rank 0 reads it: 8 fp32 copies of 8B are 280 GB."""
+    .freeze_vision, .activation_checkpointing. Rank 0 alone reads (8 fp32 copies of 8B: 280 GB)."""
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
@@ -61,25 +56,11 @@ def load(cfg, device, trainable=True):
         dist.broadcast(buffer.copy_(buffers.get(name, buffer)), 0)
     return model
 
-
-def memory(model, cfg, world):
-    """GB on each of `world` GPUs (at rest, in an update), calculated; activations come on top.
-
-    At rest: weights, AdamW's two moments of what is trained and, with cfg.kl_coef, the reference
-    model; an update adds gradients. model: sharded or on the meta device, its tied weights once."""
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    reference = getattr(torch, cfg.dtype).itemsize if cfg.kl_coef else 0
-    rest = 2 * gradients + sum(p.nbytes + reference * p.numel() for p in model.parameters())
-    return rest / world / 1e9, (rest + gradients) / world / 1e9
-
-
 def build_rows(model, groups, tokens_per_row, spare=None):
     """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first.
-
-    groups: dicts with ids (L prompt token ids), images ((h, w, 3) uint8 arrays), grid (their
-    (1, h, w) in patches) and responses (dicts with ids, logprobs, advantage), never split: what
-    does not fit beside its prompt goes into another row that repeats the prompt. spare: a group to
-    fill up with, at weight 0, until all ranks have as many rows, or FSDP would hang; or None."""
+    groups: dicts of ids (L), images ((h, w, 3) uint8), grid ((1, h, w) in patches) and responses
+    (dicts of ids, logprobs, advantage; what does not fit goes into a row that repeats the prompt).
+    spare: a group to fill up with, at weight 0, so that all ranks have as many rows."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
         for i, response in enumerate(group["responses"]):
@@ -100,11 +81,10 @@ def build_rows(model, groups, tokens_per_row, spare=None):
         rows += [idle] * (int(count) - len(rows))
     return rows
 
-
 def _tensors(model, pieces):
     """A row: input_ids (1, T), position_ids (4, 1, T), text positions, then mRoPE; segments
     [(L, [R, ...])]; images, grid (n, 3); sources (N,), where each response token is predicted, and
-    targets (N,); mask and the engine's logprobs (B, R), advantage (B, 1); members: the responses."""
+    targets (N,); mask and engine logprobs (B, R), advantage (B, 1); members: responses; weight."""
     config, vision = model.config, model.config.vision_config
     ids, positions, sources = [], [], []
     for _, group, members in pieces:
@@ -133,10 +113,8 @@ def _tensors(model, pieces):
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
         "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses}
 
-
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
     """Attention of a packed row: query (1, heads, T, D), key and value (1, kv heads, T, D).
-
     One causal call for each prompt and one batched call for its responses, whose keys and values
     are [prompt; own]. Without segments attention_mask decides. Returns (1, T, heads, D), None."""
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
@@ -150,21 +128,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
         own = [pad_sequence(x[0].transpose(0, 1).split(lengths), True).transpose(1, 2) for x in own]
         k, v = (torch.cat([s.expand(len(o), -1, -1, -1), o], 2) for s, o in zip(first[1:], own[1:]))
         mask = torch.ones(max(lengths), k.shape[2], dtype=torch.bool, device=k.device).tril(prompt)
-        out = attend(own[0], k, v, attn_mask=mask)
-        outputs += [out[i : i + 1, :, :n] for i, n in enumerate(lengths)]
+        outputs += [x[None, :, :n] for x, n in zip(attend(own[0], k, v, attn_mask=mask), lengths)]
     return torch.cat(outputs, 2).transpose(1, 2), None
 
-
 def logprobs(model, row, pixels, temperature, banned):
-    """(log-probs, entropies), both (B, R) and 0 where row["mask"] is, of the sampling distribution.
-
+    """(log-probs, entropies), (B, R) and 0 outside row["mask"], of the sampling distribution.
     pixels: (patches, C) of row["images"], made where they are used. temperature and banned (token
     ids that are never sampled) must be the engine's. Gradients flow through the log-probs only."""
     *tensors, mask = (row[name].to(pixels.device) for name in (
         "input_ids", "position_ids", "grid", "sources", "targets", "mask"))
     flat = model(pixels, *tensors, row["segments"], temperature, banned)
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
-
 
 def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, segments,
                 temperature, banned, attention_mask=None):
@@ -180,42 +154,38 @@ def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, 
                                 segments=segments, **images).last_hidden_state[0]
     return TokenLogprobs.apply(hidden[sources], model.lm_head.weight, targets, temperature, banned)
 
+def _chunks(hidden, weight, temperature, banned):
+    size = max(1, CHUNK_ELEMENTS // len(weight))
+    for rows in torch.arange(len(hidden), device=hidden.device).split(size):
+        logits = (hidden[rows] @ weight.T).float().div_(temperature)
+        logits[:, banned] = -1e30  # not -inf: 0 * -inf would make the entropy NaN
+        yield rows, logits
 
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs and entropies (N,) of targets (N,) from hidden (N, H) and the head's weight (V, H).
-
     log p = z_target - logsumexp(z), so d/dz = onehot(target) - softmax(z). In chunks, recomputed in
     the backward pass, so that at most CHUNK_ELEMENTS logits exist at a time."""
 
     @staticmethod
-    def _chunks(hidden, weight, temperature, banned):
-        size = max(1, CHUNK_ELEMENTS // len(weight))
-        for rows in torch.arange(len(hidden), device=hidden.device).split(size):
-            logits = (hidden[rows] @ weight.T).float().div_(temperature)
-            logits[:, banned] = -1e30  # not -inf: 0 * -inf would make the entropy NaN
-            yield rows, logits
-
-    @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, banned):
-        logprobs, normalisers, entropies = (torch.empty(len(hidden), device=hidden.device)
-                                            for _ in range(3))
-        for rows, logits in TokenLogprobs._chunks(hidden, weight, temperature, banned):
-            normaliser = normalisers[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser
-            entropies[rows] = normaliser - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
-        ctx.save_for_backward(hidden, weight, targets, normalisers)
+        logprobs, logz, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        for rows, logits in _chunks(hidden, weight, temperature, banned):
+            logz[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - logz[rows]
+            entropy[rows] = logz[rows] - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
+        ctx.save_for_backward(hidden, weight, targets, logz)
         ctx.settings = temperature, banned
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+        hidden, weight, targets, logz = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # sums in bf16 lose small parts
-        for rows, logits in TokenLogprobs._chunks(hidden, weight, *ctx.settings):
+        for rows, logits in _chunks(hidden, weight, *ctx.settings):
             scale = grad[rows, None] / ctx.settings[0]
-            grad_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-scale)
+            grad_logits = logits.sub_(logz[rows, None]).exp_().mul_(-scale)
             grad_logits = grad_logits.scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if weight.dtype == torch.float32:
@@ -224,7 +194,6 @@ class TokenLogprobs(torch.autograd.Function):
                 grad_weight += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
-
 def adamw(model, learning_rate, beta2, weight_decay):
     """AdamW over what is trained; norms, biases and embeddings are not decayed."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
@@ -232,7 +201,6 @@ def adamw(model, learning_rate, beta2, weight_decay):
         decayed = p.ndim > 1 and "embed_tokens" not in name and "pos_embed" not in name
         groups[decayed]["params"].append(p)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
-
 
 def optimizer_step(model, optimizer, learning_rate, max_grad_norm):
     """Clip, step, clear; returns the global gradient norm. If it is not finite nothing changes."""
@@ -244,25 +212,20 @@ def optimizer_step(model, optimizer, learning_rate, max_grad_norm):
     optimizer.zero_grad()
     return norm
 
-
 def named_weights(model):
     """Yield (Hugging Face name, whole tensor), a tied weight under both; every rank takes part."""
     for name, tensor in model.state_dict().items():
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-
 def _state_tensors(model, optimizer):
     """Flat dict of the sharded weights (tied ones once) and AdamW's state, made where missing."""
     tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p
-        if p.requires_grad:
-            if not (state := optimizer.state[p]):
-                state |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-                state["step"] = torch.zeros((), device=p.device)
-            tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
+    for n, p in model.named_parameters():
+        if p.requires_grad and not (state := optimizer.state[p]):
+            state |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+            state["step"] = torch.zeros((), device=p.device)
+        tensors |= {f"{k}.{n}": x for k, x in [("model", p), *optimizer.state.get(p, {}).items()]}
     return tensors
-
 
 def _digests(folder):
     """{name: sha256} of a folder's files, on a shared disk: each rank hashes its share."""
@@ -273,17 +236,14 @@ def _digests(folder):
     dist.all_gather_object(everyone := [None] * world, mine)
     return {name: digest for part in everyone for name, digest in part.items()}
 
-
 def _flush(*paths):
     """Wait until files, or folders' lists of names, are on disk; os.sync() would wait for all."""
     for path in paths:
         os.fsync(handle := os.open(path, os.O_RDONLY))
         os.close(handle)
 
-
 def save_checkpoint(root, step, model, optimizer, state, keep):
     """Write root/step_000100 (safetensors shards, state.json, manifest.json), then move `latest`.
-
     Written aside, flushed (shards by their writer) and renamed: `latest` is whole whenever a crash
     comes. Then all but the newest `keep` and step state["best"][0] go. state: JSON values."""
     name, aside = f"step_{step:06d}", Path(root, f"step_{step:06d}.partial")
@@ -306,11 +266,9 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
             Path(root, "link").symlink_to(target)
             Path(root, "link").rename(Path(root, link))
         _flush(root)
-        for old in sorted(Path(root).glob("step_*"))[:-keep]:
-            if old.name not in links.values():
-                shutil.rmtree(old)
+        for old in {p.name for p in sorted(Path(root).glob("step_*"))[:-keep]} - {*links.values()}:
+            shutil.rmtree(Path(root, old))
     dist.barrier()
-
 
 def load_checkpoint(folder, model, optimizer):
     """Fill model and optimizer from a checkpoint of any number of ranks; returns its state."""

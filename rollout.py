@@ -1,8 +1,5 @@
-"""Sampling responses. Two engines: "vllm", in this process, and "torch", a plain unsharded copy of
-the model for the CPU and for teaching, which needs no collective while it samples.
-
-An engine is filled by sync() with the trainer's weights and asked by generate(), which yields each
-group as soon as its last response is done."""
+"""Sampling responses: by vLLM in this process or by "torch", a plain unsharded copy of the model
+for CPUs and for teaching. sync() fills an engine with the trainer's weights; generate() asks it."""
 
 import os
 from types import SimpleNamespace
@@ -12,23 +9,20 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
-VLLM_TRIED = ("0.25.1", "0.32.0")
-
+VLLM_TRIED = "0.32.0"
 
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
 
-    cfg: .model (folder or hub id), .dtype, .engine and .engine_args ("torch": max_num_seqs, the
-    responses decoded at once; "vllm": any argument of vllm.LLM), for "vllm" also .tensor_parallel,
-    .gpu_memory_utilization, .max_prompt_tokens, .max_response_tokens and .max_pixels. patches:
-    function from a list of images to their (patches, C) pixels. Returns .stop_ids (they end a
-    response), .banned (never sampled: image tokens without an image) and .version (of its weights,
-    for the caller to set; None: random or asleep). ValueError, OSError: what to change."""
+    cfg: .model, .dtype, .engine and, for "vllm", .engine_args (any of vllm.LLM), .tensor_parallel,
+    .gpu_memory_utilization, .max_{prompt,response}_tokens, .max_pixels. patches: function from a
+    list of images to (patches, C) pixels. Returns .stop_ids, .banned (image tokens, never sampled),
+    .version (the caller's mark of what sync() brought). ValueError, OSError: what to change."""
     config = AutoConfig.from_pretrained(cfg.model)
     stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id  # OSError: no such file
     if stop_ids is None:
-        raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, so what ends "
-                         "a response is unknown: copy it from the base model")
+        raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, which ends a "
+                         "response: copy it from the base model")
     engine = SimpleNamespace(
         llm=None, version=None, device=device, patches=patches, image_id=config.image_token_id,
         stop_ids={stop_ids} if isinstance(stop_ids, int) else set(stop_ids),
@@ -37,14 +31,12 @@ def load(cfg, device, patches):
     if cfg.engine == "vllm":
         engine.llm = _start_vllm(cfg, device)
         return engine
-    args = {"max_num_seqs": 128} | cfg.engine_args
-    if len(args) > 1 or type(args["max_num_seqs"]) is not int:
-        raise ValueError(f"engine_args={cfg.engine_args}: give max_num_seqs, a whole number, only")
+    if cfg.engine_args:
+        raise ValueError(f'engine_args={cfg.engine_args} are for engine="vllm": leave them out')
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, cfg.dtype))
-    engine.model, engine.max_num_seqs = model.requires_grad_(False).eval(), args["max_num_seqs"]
+    engine.model = model.requires_grad_(False).eval()
     return engine
-
 
 def _start_vllm(cfg, device):
     """vLLM in this process, one engine for each tensor_parallel consecutive ranks of torchrun."""
@@ -52,21 +44,19 @@ def _start_vllm(cfg, device):
     try:
         import vllm
     except ImportError as error:
-        raise ValueError(f'engine="vllm" needs vLLM ({error}): pip install vllm, one of the tried '
-                         f'versions {VLLM_TRIED}, or set engine="torch"') from error
-    if vllm.__version__ not in VLLM_TRIED and int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: vLLM {vllm.__version__} was not tried with this code; if engine_gap is "
-              f"high or the engine fails, install one of {VLLM_TRIED}", flush=True)
+        raise ValueError(f'{error}: install vllm=={VLLM_TRIED}, or set engine="torch"') from error
+    if vllm.__version__ != VLLM_TRIED and os.environ.get("RANK", "0") == "0":
+        print(f"warning: vLLM {vllm.__version__} was not tried; if it fails, install {VLLM_TRIED}")
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     args = dict(
-        model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length,
+        model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length, seed=0,
         tensor_parallel_size=cfg.tensor_parallel, distributed_executor_backend="external_launcher",
         gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=device.type == "cuda",
         max_num_batched_tokens=max(8192, length), logprobs_mode="processed_logprobs",
         # Images come in their final size. The limits must admit it, or they are resized once more.
         mm_processor_kwargs={"min_pixels": 1, "max_pixels": cfg.max_pixels},
         limit_mm_per_prompt={"image": cfg.max_prompt_tokens // 3, "video": 0},  # as many as fit
-        mm_processor_cache_gb=0, seed=0)
+        mm_processor_cache_gb=0)
     # Mean and deviation of the pixels would be dummies, too, and no sync would ever send them.
     if "mm_device_do_normalize" in vllm.EngineArgs.__dataclass_fields__:
         args["mm_device_do_normalize"] = False
@@ -76,30 +66,27 @@ def _start_vllm(cfg, device):
         return vllm.LLM(**args | cfg.engine_args)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
-            f"vLLM {vllm.__version__} does not start: {error}. If it is memory: change "
-            f"gpu_memory_utilization={cfg.gpu_memory_utilization}, tensor_parallel="
-            f"{cfg.tensor_parallel} or the token limits (now {length}); else look at engine_args="
-            f"{cfg.engine_args}") from error
-
+            f"vLLM {vllm.__version__} does not start: {error}. Change gpu_memory_utilization="
+            f"{cfg.gpu_memory_utilization}, tensor_parallel, the token limits (now {length}) or "
+            f"engine_args={cfg.engine_args}") from error
 
 @torch.no_grad()
 def sync(engine, named_weights):
     """Copy every weight of the trainer: (Hugging Face name, whole tensor), tied ones under each
-    name. Wakes an engine that sleeps. ValueError names weights that did not come ("torch"; vLLM
-    accepts that silently, but then engine_gap is high)."""
+    name. Wakes an engine that sleeps. ValueError: weights did not come; vLLM accepts that."""
     if not engine.llm:
         missing = dict(engine.model.state_dict())
         for name, weight in named_weights:
             missing.pop(name).copy_(weight)
         if missing:
-            raise ValueError(f"{len(missing)} weights were not sent: "
-                             f"{', '.join(sorted(missing)[:5])}")
+            raise ValueError(f"{len(missing)} weights were not sent: {sorted(missing)[:5]}")
         return
-    llm, sleeps = engine.llm, engine.device.type == "cuda" and engine.llm.llm_engine.is_sleeping()
+    llm, sleeps = engine.llm, engine.llm.llm_engine.is_sleeping()
     # vLLM reads experts in the published layout (E, in, out); transformers holds (E, out, in).
     weights = ((name, w.transpose(1, 2) if ".experts." in name and w.ndim == 3 else w)
                for name, w in named_weights)
     if sleeps:  # weights before the cache: both do not fit beside what a reload needs
+        torch.cuda.empty_cache()  # what the update has left
         llm.wake_up(["weights"])
     # Its model's own load_weights() works only once.
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -110,44 +97,33 @@ def sync(engine, named_weights):
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 
-
 def sleep(engine):
     """Give the engine's GPU memory to the trainer; its weights are gone until the next sync()."""
     if engine.llm and engine.device.type == "cuda":
         engine.llm.sleep(level=2)
         engine.version = None
 
-
 def generate(engine, prompts, **sampling):
-    """Yield (index of the prompt, responses) when the prompt's last response is done.
+    """Yield (index of the prompt, responses) as soon as the prompt's last response is done.
 
-    prompts: dicts with ids (prompt token ids, images expanded), images ((h, w, 3) uint8 arrays),
-    grid (their (1, h, w) in patches) and seed. sampling: group_size, temperature (0: greedy),
-    max_tokens, top_p. Response i draws from generator(seed + i), whatever else is in the batch.
-    responses: group_size dicts of ids, logprobs (of the distribution sampled from: at this
-    temperature, or 1 if greedy, banned ids excluded) and finish_reason ("stop", its stop id
-    included, or "length" after max_tokens). Ranks of one vLLM engine must ask for the same."""
-    if engine.llm:
-        yield from _generate_vllm(engine, prompts, **sampling)
-        return
-    wave = max(1, engine.max_num_seqs // sampling["group_size"])
-    for first in range(0, len(prompts), wave):
-        for i, responses in _decode(engine, prompts[first : first + wave], **sampling):
-            yield first + i, responses
-
+    prompts: dicts with row, ids (images expanded), images ((h, w, 3) uint8 arrays), grid (their
+    (1, h, w) in patches) and seed. sampling: group_size, temperature (0: greedy), max_tokens and
+    top_p. Response i draws from generator(seed + i), whatever else is in the batch. responses:
+    dicts of ids, logprobs (of the distribution sampled from: at this temperature, or 1 if greedy,
+    banned ids excluded) and finish_reason ("stop", its stop id included, or "length")."""
+    if prompts:
+        yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
 
 def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
     """All prompts at once, so that the batch refills itself as responses end."""
     from vllm import SamplingParams
 
     requests, params = [], []
-    for prompt in prompts:
-        # vLLM expands each image's one pad itself: a pad that follows a pad is left out.
+    for prompt in prompts:  # vLLM expands an image's first pad itself: the others are left out
         ids = [t for last, t in zip([None, *prompt["ids"]], prompt["ids"])
                if not t == last == engine.image_id]
         images = [Image.fromarray(image) for image in prompt["images"]]
-        requests.append({"prompt_token_ids": ids} | (
-            {"multi_modal_data": {"image": images}} if images else {}))
+        requests.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images}})
         params.append(SamplingParams(
             n=group_size, seed=prompt["seed"], temperature=temperature, top_p=top_p,
             max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(engine.stop_ids),
@@ -159,53 +135,43 @@ def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_
             i = index[out.request_id]
             if out.prompt_token_ids != prompts[i]["ids"]:
                 raise RuntimeError(
-                    f"row {prompts[i].get('row')}: vLLM made {len(out.prompt_token_ids)} tokens of "
-                    f"its prompt, the trainer {len(prompts[i]['ids'])}: the image settings of the "
-                    "model folder differ from the base model's, or engine_args changes them")
+                    f"row {prompts[i]['row']}: vLLM made {len(out.prompt_token_ids)} tokens of its "
+                    f"prompt, the trainer {len(prompts[i]['ids'])}: engine_args or the model's "
+                    "preprocessor_config.json change the size of images")
             yield i, [{"ids": list(c.token_ids), "finish_reason": c.finish_reason, "logprobs": [
                 step[t].logprob for t, step in zip(c.token_ids, c.logprobs)]} for c in out.outputs]
 
-
 @torch.no_grad()
 def _decode(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
-    """generate() for as many prompts as are decoded together. B = live responses."""
+    """All prompts at once, until the last of the B responses is done."""
     cache, mask, position, logits = _prefill(engine, prompts, group_size)
     generators = [torch.Generator().manual_seed(p["seed"] + i) for p in prompts
                   for i in range(group_size)]
     uniform = torch.stack([torch.rand(max_tokens, generator=g, dtype=torch.float64)
-                           for g in generators])
+                           for g in generators]).to(logits.device)  # (B, max_tokens)
     responses = [{"ids": [], "logprobs": [], "finish_reason": None} for _ in generators]
     unfinished = [group_size] * len(prompts)
-    live = torch.arange(len(responses))  # the response in each row of the batch
     for t in range(max_tokens):
-        tokens, logprobs = _sample(logits, uniform[live, t].to(logits.device), engine.banned,
-                                   temperature, top_p)
-        for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
-            response = responses[live[row]]
+        tokens, logprobs = _sample(logits, uniform[:, t], engine.banned, temperature, top_p)
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
+            response, group = responses[i], i // group_size
             if response["finish_reason"]:
                 continue
             response["ids"].append(token)
             response["logprobs"].append(logprob)
             if token in engine.stop_ids or t == max_tokens - 1:
                 response["finish_reason"] = "stop" if token in engine.stop_ids else "length"
-                group = int(live[row]) // group_size
                 unfinished[group] -= 1
                 if not unfinished[group]:
                     yield group, responses[group * group_size : (group + 1) * group_size]
         if not any(unfinished):
             return
-        going = torch.tensor([not responses[i]["finish_reason"] for i in live])
-        if going.sum() <= len(live) // 2:  # drop finished rows; rarely, for it copies the cache
-            keep = going.to(logits.device)
-            cache = DynamicCache([(layer.keys[keep], layer.values[keep]) for layer in cache.layers])
-            live, mask, position, tokens = live[going], mask[keep], position[keep], tokens[keep]
         mask = pad(mask, (0, 1), value=1)
         # Given a 2-D mask, row 0 (text positions) is not used; rows 1-3 are mRoPE.
         hidden = engine.model.model(
             input_ids=tokens[:, None], position_ids=(position + t).expand(4, -1)[..., None],
             attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
         logits = engine.model.lm_head(hidden[:, -1])
-
 
 def _prefill(engine, prompts, group_size):
     """Each prompt once, alone; its keys and values are padded on the left and shared by expansion.
@@ -230,7 +196,6 @@ def _prefill(engine, prompts, group_size):
     mask = [[0] * (longest - len(p["ids"])) + [1] * len(p["ids"]) for p in prompts]
     return cache, *(x.repeat_interleave(group_size, 0) for x in (
         torch.tensor(mask, device=engine.device), torch.stack(positions), torch.cat(logits)))
-
 
 def _sample(logits, uniform, banned, temperature, top_p):
     """(B,) tokens and their log-probs from (B, V) logits, by one uniform number (B,) each."""

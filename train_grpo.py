@@ -1,7 +1,5 @@
 """Train a vision-language model on medical image questions with GRPO (arXiv 2402.03300).
-
     torchrun --nproc_per_node 2 train_grpo.py configs/tiny.py --learning_rate=1e-4
-
 A step: weights -> engine -> a group of responses to each prompt -> rewards -> advantages within
 each group -> packed rows -> updates. main() at the end is that loop."""
 
@@ -13,7 +11,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import common
 import data
@@ -26,10 +23,9 @@ defaults = dict(
     model="",  # folder or hub id of a Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
     train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
     prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
-    out_dir="out/grpo", seed=1, log="",  # log: "", "wandb" or "tensorboard", beside metrics.jsonl
-    steps=0, epochs=2,  # steps = 0: as many as the epochs need
-    prompts_per_step=512, group_size=5, updates_per_step=4, tokens_per_micro_batch=16384,
-    max_prompt_tokens=4352, max_response_tokens=4096,
+    out_dir="out/grpo", seed=1, steps=0, epochs=2,  # steps = 0: as many as the epochs need
+    prompts_per_step=512, group_size=5, updates_per_step=4,
+    max_prompt_tokens=4352, max_response_tokens=4096, tokens_per_micro_batch=16384,
     min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
     max_bad_rows=0.01, val_prompts=0,  # a share of the rows; 0: all of val_data
     temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
@@ -38,7 +34,7 @@ defaults = dict(
     clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0, kl_coef=0.01,
     dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
     engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5,  # "torch": plain, for CPUs
-    engine_args={},  # of vllm.LLM; torch: max_num_seqs, the responses decoded at once
+    engine_args={},  # more arguments of vllm.LLM
     max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
     engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
     judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
@@ -46,20 +42,16 @@ defaults = dict(
     judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
     judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
     max_unscored=0.05,  # a share of the responses; more stops the run, saved
-    embedder="abhinand/MedEmbed-large-v0.1",  # a SentenceTransformer, or "ngram"
-    embed_threshold=0.8, embed_soft=False,
+    embedder="abhinand/MedEmbed-large-v0.1", embed_threshold=0.8, embed_soft=False,  # or "ngram"
     weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
-    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False,  # on a restart
+    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="",  # or "wandb"
 )
 CHOICES = dict(
     loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("vllm", "torch"),
-    dtype=("bfloat16", "float32"), log=("", "wandb", "tensorboard"))
+    dtype=("bfloat16", "float32"), log=("", "wandb"))
 POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
             "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints",
             "tensor_parallel", "judge_concurrency", "judge_timeout_s")
-GAPS = {"float32": 1e-3, "bfloat16": 0.1}  # healthy: 1e-6, and 0.01 to 0.02
-SHOWN = ("reward/overall", "val/reward/overall", "val_sampled/reward/overall", "time/step")
-
 
 def check(cfg, world):
     """Raise ValueError for settings that cannot work, before anything is loaded."""
@@ -78,14 +70,14 @@ def check(cfg, world):
             c.prompts_per_step >= world,
         f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
         f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
-        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}, and be 1 "
-        f"for engine={c.engine!r} if that is not vllm": world % max(c.tensor_parallel, 1) == 0
-            and (c.engine == "vllm" or c.tensor_parallel == 1),
+        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}":
+            world % max(c.tensor_parallel, 1) == 0,
+        f'tensor_parallel={c.tensor_parallel} needs engine="vllm"':
+            c.tensor_parallel == 1 or c.engine == "vllm",
         f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
         f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
-    for message in (message for message, kept in rules.items() if not kept):
-        raise ValueError(message)
-
+    if broken := [message for message, kept in rules.items() if not kept]:
+        raise ValueError(broken[0])
 
 def set_up(cfg):
     """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
@@ -100,14 +92,21 @@ def set_up(cfg):
         for source in (cfg.train_data, cfg.val_data))
     val_prompts = min(cfg.val_prompts or len(run.val.keep), len(run.val.keep))
     run.val_rows = [run.val.keep[i] for i in data.order(len(run.val.keep), 0, 0, val_prompts)]
+    # Rank slot % world scores and trains a slot's group; an engine samples those of its ranks.
+    run.slots, run.val_slots = (
+        [slot for slot in range(count)
+         if slot % run.world // cfg.tensor_parallel == run.rank // cfg.tensor_parallel]
+        for count in (cfg.prompts_per_step, val_prompts))
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     if run.rank == 0:
         print_arithmetic(run)
     latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
-
     run.dashboard = run.rank == 0 and common.dashboard(cfg)
     run.model = policy.load(cfg, run.device)
     run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
+    share = sum(p.numel() for p in run.model.parameters()) / run.world / 1e9
+    if run.rank == 0:  # fp32: weights and AdamW's two moments, then gradients
+        print(f"GB per GPU: {12 * share:.3g} at rest, {16 * share:.3g} + activations in an update")
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
     patches = partial(data.patches, processor=run.processor, device=run.device)
     run.engine = rollout.load(cfg, run.device, patches)
@@ -116,7 +115,6 @@ def set_up(cfg):
         run.state = policy.load_checkpoint(latest, run.model, run.optimizer)
     run.saved = run.state["step"]
     return run
-
 
 def print_arithmetic(run):
     """Say in numbers what the settings mean."""
@@ -133,26 +131,10 @@ def print_arithmetic(run):
     print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
           f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
 
-
-def engine_slots(run, count):
-    """The slots below count that this rank's engine samples. Slot s of a step is scored and
-    trained by rank s % world; tensor_parallel consecutive ranks share an engine."""
-    size = run.cfg.tensor_parallel
-    return [slot for slot in range(count) if slot % run.world // size == run.rank // size]
-
-
-def next_prompts(run, step):
-    """The prompts of a step for this rank's engine, in the order of (seed, epoch, cursor)."""
-    cfg, keep = run.cfg, run.train.keep
-    rows = [keep[i] for i in data.order(
-        len(keep), cfg.seed, run.state["cursor"], cfg.prompts_per_step)]
-    prompts = []
-    for slot in engine_slots(run, len(rows)):
-        draw = rows[:slot].count(rows[slot])  # a row that comes twice in a step is two draws
-        seed = common.seed_of(cfg.seed, step, rows[slot], draw)
-        prompts.append(data.prompt(run.train, rows[slot]) | {"slot": slot, "seed": seed})
-    return prompts
-
+def read_prompts(run, split, rows, slots, *key):
+    """The prompts of some slots of a list of rows; a row that comes twice is two draws."""
+    return [data.prompt(split, rows[slot]) | {"slot": slot, "seed": common.seed_of(
+        run.cfg.seed, *key, rows[slot], rows[:slot].count(rows[slot]))} for slot in slots]
 
 def sample(run, prompts, **sampling):
     """This rank's groups: prompts with "responses", dicts of ids, logprobs, finish_reason, text
@@ -164,30 +146,27 @@ def sample(run, prompts, **sampling):
     groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
     with common.timed(run.times, "rollout"):
         for i, responses in rollout.generate(run.engine, prompts, **sampling):
-            if prompts[i]["slot"] % run.world == run.rank:
-                for r in responses:
-                    r["text"] = run.processor.tokenizer.decode(
-                        [t for t in r["ids"] if t not in run.engine.stop_ids])
-                groups.append(prompts[i] | {"responses": responses})
-                jobs.append(reward.start(run.scorer, prompts[i]["problem"], prompts[i]["solution"],
-                                         [r["text"] for r in responses]))
+            if (prompt := prompts[i])["slot"] % run.world == run.rank:
+                ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
+                texts = run.processor.tokenizer.batch_decode(ids)
+                jobs.append(reward.start(run.scorer, prompt["problem"], prompt["solution"], texts))
+                groups.append(prompt | {"responses": responses, "texts": texts})
     with common.timed(run.times, "reward_wait"):
-        for group, parts in zip(groups, reward.finish(run.scorer, jobs)):
-            group["responses"] = [r | {"parts": p} for r, p in zip(group["responses"], parts)]
+        for group, scores in zip(groups, reward.finish(run.scorer, jobs)):
+            group["responses"] = [r | {"text": text, "parts": parts} for r, text, parts in zip(
+                group["responses"], group["texts"], scores)]
     return sorted(groups, key=lambda group: group["slot"])
-
 
 def add_advantages(groups):
     """Advantages from `overall`, in place; a group with an unscored response has none: dropped."""
     for group in groups:
         rewards = [r["parts"]["overall"] for r in group["responses"]]
-        advantages = torch.zeros(len(rewards))
-        if None not in rewards:
-            advantages = objective.group_advantages(torch.tensor([rewards]))[0]
-        group |= {"scored": None not in rewards, "kept": bool(advantages.any())}
+        scored = None not in rewards
+        advantages = objective.group_advantages(torch.tensor([[x or 0.0 for x in rewards]]))[0]
+        advantages *= scored
+        group |= {"scored": scored, "kept": bool(advantages.any())}
         for r, advantage in zip(group["responses"], advantages.tolist()):
             r["advantage"] = advantage
-
 
 def response_metrics(groups):
     """reward/*, response_tokens/* and prompt_tokens/mean: means over the responses of all ranks."""
@@ -202,7 +181,6 @@ def response_metrics(groups):
         "response_tokens/truncated": [r["finish_reason"] == "length" for r in responses],
     }) | {"response_tokens/max": max(common.gather(max(lengths, default=0)))}
 
-
 def group_metrics(groups):
     """groups/*: counts over all ranks."""
     judged = [[r["parts"]["judge"] for r in g["responses"]] for g in groups if g["scored"]]
@@ -212,7 +190,6 @@ def group_metrics(groups):
         "groups/all_right": sum(min(j) == 1 for j in judged),
         "groups/all_wrong": sum(max(j) == 0 for j in judged)})
 
-
 def plan_update(run, groups, update):
     """An update's rows on this rank, and its tokens and responses on all ranks. Groups of equal
     rewards teach nothing: without a KL term they skip the forward, but they count."""
@@ -221,20 +198,11 @@ def plan_update(run, groups, update):
     trained = [g for g in scored if g["kept"] or cfg.kl_coef]
     rows = policy.build_rows(run.model, trained, cfg.tokens_per_micro_batch, spare=groups[0])
     lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
-    counts = common.total({"tokens": sum(lengths), "responses": len(lengths)})
-    return SimpleNamespace(rows=rows, **counts)
-
-
-def add_logprobs(run, updates, model, key):
-    """Every row's log-probs under a model as it is now: for the ratio, or the KL term."""
-    with common.timed(run.times, key), torch.no_grad():
-        for row in (row for update in updates for row in update.rows):
-            row[key], _ = policy.logprobs(model, row, run.engine.patches(row["images"]),
-                                          run.cfg.temperature, run.engine.banned)
-
+    return SimpleNamespace(rows=rows, **common.total(
+        {"tokens": sum(lengths), "responses": len(lengths)}))
 
 def backward(run, update, row):
-    """Add a row's gradient; returns its sums for the log and its largest engine gap."""
+    """Add a row's gradient; returns its sums for the log."""
     cfg = run.cfg
     logprobs, entropy = policy.logprobs(run.model, row, run.engine.patches(row["images"]),
                                         cfg.temperature, run.engine.banned)
@@ -257,56 +225,49 @@ def backward(run, update, row):
     sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
             "entropy": entropy * counted,
             **{f"clip_frac/{k}": v * counted for k, v in clipped.items()}}
-    sums = {k: v.sum().item() for k, v in sums.items()}
-    sums["packed"] = row["input_ids"].numel() * row["weight"]
-    sums["alone"] = sum(p + n for p, lengths in row["segments"] for n in lengths) * row["weight"]
-    return sums
-
+    alone = sum(p + n for p, lengths in row["segments"] for n in lengths)
+    return {k: v.sum().item() for k, v in sums.items()} | {
+        "packed": row["input_ids"].numel() * row["weight"], "alone": alone * row["weight"]}
 
 def check_gap(run, updates):
-    """engine_gap/*: how far engine and trainer disagree on this step's tokens, before any update.
-
-    Above max_engine_gap the responses come from another policy than the one that is trained."""
-    rows = [row for update in updates for row in update.rows if row["weight"]]
-    gaps = torch.cat([torch.zeros(0), *(
-        (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]] for row in rows)])
-    sums = common.total({"gap": gaps.sum(), "tokens": len(gaps)})
-    mean, limit = sums["gap"] / sums["tokens"], run.cfg.max_engine_gap or GAPS[run.cfg.dtype]
+    """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
+    gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
+            (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
+    mean, largest = common.means({"": gaps})[""], max(common.gather(max(gaps, default=0.0)))
+    limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
     run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
-    said = (f"engine_gap: engine and trainer differ by {mean:.3g} in a token's log-prob, "
-            f"max_engine_gap is {limit:g}: compare engine_args and the version of vLLM with those "
-            "tried (README, 'When it breaks')")
-    if run.gaps_over == 3:
+    said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
+            f"{limit:g}: look at engine_args, dtype and the version of vLLM")
+    if run.gaps_over == 3:  # at once in a run's first step, later three times in a row
         stop(run, said)
     if mean > limit / 3 and run.rank == 0:
-        tqdm.write(f"warning: {said}")
-    largest = max(common.gather(max(gaps.tolist(), default=0.0)))
+        print(f"warning: {said}", flush=True)
     return {"engine_gap/mean": mean, "engine_gap/max": largest}
-
 
 def check_unscored(run, share):
     """Stop the run where the judge left too many responses without a verdict."""
     if share > run.cfg.max_unscored:
-        stop(run, f"{share:.1%} of the responses have no verdict, above max_unscored="
-             f"{run.cfg.max_unscored}: look after the judge at {run.cfg.judge_url}, then start "
-             f"again to go on from here. The judge: {run.scorer.last_failure}")
-
+        stop(run, f"{share:.1%} of the responses have no verdict, above max_unscored: see to the "
+             f"judge, then start again to go on. {run.scorer.judge.last_failure}")
 
 def stop(run, why):
     """End the run before an update, with the last finished step saved."""
     if run.saved != run.state["step"]:
         save(run)
-    raise RuntimeError(why)
-
+    common.stop(why)
 
 def train(run, groups):
     """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""
     cfg, state = run.cfg, run.state
     updates = [plan_update(run, groups, u) for u in range(cfg.updates_per_step)]
+    passes = {"ref_logprobs": run.reference} if cfg.kl_coef else {}
     if cfg.updates_per_step > 1:  # a single update's own log-probs are the old ones
-        add_logprobs(run, updates, run.model, "old_logprobs")
-    if cfg.kl_coef:
-        add_logprobs(run, updates, run.reference, "ref_logprobs")
+        passes["old_logprobs"] = run.model
+    for key, model in passes.items():
+        with common.timed(run.times, key), torch.no_grad():
+            for row in (row for update in updates for row in update.rows):
+                row[key], _ = policy.logprobs(model, row, run.engine.patches(row["images"]),
+                                              cfg.temperature, run.engine.banned)
     done, norms, metrics = [], [], {}
     with common.timed(run.times, "update"):
         for update in [u for u in updates if u.rows]:  # no group to learn from: no step
@@ -317,8 +278,7 @@ def train(run, groups):
             norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
             state["not_finite"] = 0 if norms[-1] < float("inf") else state["not_finite"] + 1
             if state["not_finite"] == 3:
-                raise RuntimeError("3 gradients in a row were not finite: lower learning_rate and "
-                                   "look at the last rollouts; the last checkpoint is unharmed")
+                common.stop("3 gradients in a row were not finite: lower learning_rate")
     metrics["updates_skipped"] = cfg.updates_per_step - sum(n < float("inf") for n in norms)
     if norms:
         sums = common.total({k: sum(s[k] for s in done) for k in done[0]})
@@ -328,12 +288,9 @@ def train(run, groups):
         metrics |= {k: v / per[k] for k, v in sums.items() if k != "tokens"}
     return metrics
 
-
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
-    prompts = [data.prompt(run.val, run.val_rows[slot]) | {
-        "slot": slot, "seed": common.seed_of(run.cfg.seed, "val", slot)}
-        for slot in engine_slots(run, len(run.val_rows))]
+    prompts = read_prompts(run, run.val, run.val_rows, run.val_slots, "val")
     metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
     for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
         if name == "val" or temperature:
@@ -342,35 +299,32 @@ def validate(run):
             metrics |= {f"{name}/{k}": v for k, v in response_metrics(groups).items()}
     return metrics
 
-
 def write_groups(run, name, groups):
     """All ranks' groups -> rollouts/NAME_STEP.jsonl, in the order of the slots."""
-    step, kept = run.state["step"], ("text", "parts", "advantage", "finish_reason")
+    step, left_out = run.state["step"], ("ids", "logprobs")
     records = [{"slot": g["slot"], "step": step, "row": g["row"], "prompt": g["problem"],
                 "solution": g["solution"], "responses": [
-                    {"tokens": len(r["ids"])} | {k: r[k] for k in kept if k in r}
+                    {"tokens": len(r["ids"])} | {k: r[k] for k in r if k not in left_out}
                     for r in g["responses"]]} for g in groups]
     records = sorted(sum(common.gather(records), []), key=lambda record: record["slot"])
     if run.rank == 0:
         common.write_lines(f"{run.cfg.out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
 
-
 def save(run):
-    with common.timed(run.times, "save"):  # logged with the next step
+    """A checkpoint of the last finished step; its time is logged with the next one."""
+    with common.timed(run.times, "save"):
         policy.save_checkpoint(f"{run.cfg.out_dir}/checkpoints", run.state["step"], run.model,
                                run.optimizer, run.state, run.cfg.keep_checkpoints)
     run.saved = run.state["step"]
 
-
 def finish_step(run, metrics):
-    """Validate, log and save, each where due. The line is written before the checkpoint: a crash
-    between them repeats a step and loses none."""
+    """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
     cfg, state, step = run.cfg, run.state, run.state["step"]
     last, times = step == run.last_step, dict(run.times)  # validate() adds to run.times
     if step:
-        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]
-        tokens *= cfg.prompts_per_step * cfg.group_size
-        metrics["perf/tokens_per_s_per_gpu"] = tokens / times["step"] / run.world
+        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
+        metrics["perf/tokens_per_s_per_gpu"] = (
+            tokens * cfg.prompts_per_step * cfg.group_size / times["step"] / run.world)
     due = step > 0 and (step % cfg.save_every == 0 or last)
     if step % cfg.validate_every == 0 or last:
         with common.timed(times, "validate"):
@@ -378,44 +332,43 @@ def finish_step(run, metrics):
         value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
         if due and value > (state["best"] or [0, -1.0])[1]:
             state["best"] = [step, value]
-    peak = torch.cuda.max_memory_allocated() / 1e9  # without a GPU: the memory of the process
-    metrics["perf/peak_mem_gb"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
+                                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
     run.times.clear()
     if run.rank == 0:
         common.write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
-        run.dashboard(step, metrics)
-        tqdm.write(f"step {step:4d}  " + "  ".join(
-            f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics))
+        run.dashboard(metrics, step=step)
+        print(f"step {step:4d}/{run.last_step}", *(
+            f" {k} {v:.3g}" for k, v in metrics.items()
+            if k.endswith("reward/overall") or k == "time/step"), flush=True)
     if due:
         save(run)
     check_unscored(run, metrics.get("val/reward/unscored", 0.0))
 
-
 def main():
     try:
         run = set_up(common.load_config(defaults, sys.argv[1:]))
-        cfg, state = run.cfg, run.state
-        if state["step"] == 0:
-            finish_step(run, {})
-        for step in tqdm(range(state["step"] + 1, run.last_step + 1), initial=state["step"],
-                         total=run.last_step, disable=run.rank > 0):
-            with common.timed(run.times, "step"):
-                prompts = next_prompts(run, step)
-                groups = sample(run, prompts, group_size=cfg.group_size,
-                                temperature=cfg.temperature)
-                rollout.sleep(run.engine)
-                add_advantages(groups)
-                metrics = response_metrics(groups) | group_metrics(groups)
-                check_unscored(run, metrics["reward/unscored"])
-                metrics |= train(run, groups)
-            state |= {"step": step, "cursor": state["cursor"] + cfg.prompts_per_step}
-            write_groups(run, "step", groups)
-            finish_step(run, metrics)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError) as error:  # a mistake that every rank meets
         common.stop(error)
+    cfg, state = run.cfg, run.state
+    if state["step"] == 0:
+        finish_step(run, {})
+    for step in range(state["step"] + 1, run.last_step + 1):
+        with common.timed(run.times, "step"):
+            rows = [run.train.keep[i] for i in data.order(
+                len(run.train.keep), cfg.seed, state["cursor"], cfg.prompts_per_step)]
+            prompts = read_prompts(run, run.train, rows, run.slots, step)
+            groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
+            rollout.sleep(run.engine)
+            add_advantages(groups)
+            metrics = response_metrics(groups) | group_metrics(groups)
+            check_unscored(run, metrics["reward/unscored"])
+            metrics |= train(run, groups)
+        state |= {"step": step, "cursor": state["cursor"] + cfg.prompts_per_step}
+        write_groups(run, "step", groups)
+        finish_step(run, metrics)
     dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

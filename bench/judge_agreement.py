@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -37,10 +38,9 @@ def read(path):
 
 def cosines(encode, pairs):
     """The largest cosine of each answer with one of its truths."""
-    texts = list(dict.fromkeys(text for answer, truths, _ in pairs for text in (answer, *truths)))
-    place, vectors = {text: i for i, text in enumerate(texts)}, encode(texts)
-    return [max(float((vectors[[place[answer]]] @ vectors[[place[t]]].T).sum()) for t in truths)
-            for answer, truths, _ in pairs]
+    flat = [(truth, answer) for answer, truths, _ in pairs for truth in truths]
+    values = iter(reward.cosines(SimpleNamespace(encode=encode), *zip(*flat)))
+    return [max(next(values) for _ in truths) for _, truths, _ in pairs]
 
 
 def settled(pairs):
@@ -101,11 +101,8 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--embedder", default="")
     args = parser.parse_args()
-    encoders = {"ngram": reward.ngram_encoder()}
-    if args.embedder:
-        from sentence_transformers import SentenceTransformer
-        model = SentenceTransformer(args.embedder)
-        encoders["embedder"] = lambda texts: model.encode(texts, normalize_embeddings=True)
+    names = {"ngram": "ngram"} | ({"embedder": args.embedder} if args.embedder else {})
+    encoders = {column: reward.load_encoder(name, "cpu") for column, name in names.items()}
     sets = {name: read(args.folder / f"{name}.jsonl") for name in FILES}
     truths = dict.fromkeys(t for _, ts, _ in sets[FILES[0]][0] for t in ts)
     sets["negated"] = [(f"no {truth}", [truth], False) for truth in truths], 0

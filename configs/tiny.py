@@ -13,6 +13,6 @@ val_temperature, val_prompts = 1.0, 512
 
 learning_rate, beta2, warmup_updates = 2e-4, 0.95, 5
 kl_coef, clip_ratio_high = 0.0, 0.28
-dtype = "float32"
+dtype, engine, judge, embedder = "float32", "torch", "exact", "ngram"
 
 validate_every, save_every, keep_checkpoints = 10, 50, 2

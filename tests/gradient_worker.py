@@ -39,7 +39,6 @@ def make_groups(text_only):
             }
     return groups
 
-
 def gradient(model, reference, rank, world, options):
     settings = {
         "prompts_per_step": 6,
@@ -69,7 +68,7 @@ def gradient(model, reference, rank, world, options):
         train_grpo.add_logprobs(run, [update], model, "old_logprobs")
     if run.cfg.kl_coef:
         train_grpo.add_logprobs(run, [update], reference, "ref_logprobs")
-    sums = [train_grpo.backward(run, update, row)[0] for row in update.rows]
+    sums = [train_grpo.backward(run, update, row) for row in update.rows]
     result = {
         "sums": common.total({k: sum(s[k] for s in sums) for k in sums[0]}),
         "rows": len(update.rows),
@@ -77,7 +76,6 @@ def gradient(model, reference, rank, world, options):
     }
     model.zero_grad()
     return result
-
 
 def main():
     path, out, cases = sys.argv[1:]
@@ -88,7 +86,6 @@ def main():
     if rank == 0:
         torch.save(results, out)
     dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

@@ -53,3 +53,12 @@ def build(name):
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(MODELS[name][1], dtype=torch.float32)
+
+
+def memory(model, cfg, world):
+    """GB on each of `world` GPUs (at rest, in an update), without activations: weights, AdamW's two
+    moments of what is trained and, with cfg.kl_coef, the reference; an update adds gradients."""
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    reference = getattr(torch, cfg.dtype).itemsize if cfg.kl_coef else 0
+    rest = 2 * gradients + sum(p.nbytes + reference * p.numel() for p in model.parameters())
+    return rest / world / 1e9, (rest + gradients) / world / 1e9

@@ -203,11 +203,10 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path, half):
     saved(tmp_path, 2, [line(0), line(1), line(2), line(3), line(12), half])
     common.open_run(settings(tmp_path), "abc")
     assert (tmp_path / "run/metrics.jsonl").read_text() == line(0) + line(1) + line(2)
-    assert not (tmp_path / "run/metrics.new").exists()
 
 
 FREE = {"steps": 9, "epochs": 9, "validate_every": 9, "save_every": 9, "keep_checkpoints": 9,
-        "log": "tensorboard", "engine_args": {"max_num_seqs": 9}, "tokens_per_micro_batch": 9999,
+        "log": "wandb", "engine_args": {"max_num_seqs": 9}, "tokens_per_micro_batch": 9999,
         "activation_checkpointing": True, "accept_changes": True, "engine": "torch",
         "tensor_parallel": 2, "gpu_memory_utilization": 0.9, "max_engine_gap": 0.9,
         "judge_url": "http://elsewhere/v1", "judge_api_key_env": "KEY", "judge_timeout_s": 9.0,
@@ -279,12 +278,11 @@ def test_others_change_only_when_accepted(tmp_path, capsys, name, value):
     assert (tmp_path / "run/metrics.jsonl").read_text() == line(2)
 
 
-def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys):
+def test_a_run_without_a_checkpoint_starts_again(tmp_path):
     """And with whatever settings: there is nothing that they could contradict."""
     common.open_run(settings(tmp_path), "abc")
     (tmp_path / "run/metrics.jsonl").write_text(line(0) + line(1))
     assert common.open_run(settings(tmp_path, seed=2), "xyz") is None
-    assert "without a checkpoint: starting again from step 0" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == ""
     assert config_of(tmp_path)["seed"] == 2 and config_of(tmp_path)["changes"] == []
 
@@ -306,7 +304,7 @@ import sys, common
 from types import SimpleNamespace
 show = common.dashboard(SimpleNamespace(log=sys.argv[1], out_dir=sys.argv[2], seed=1))
 for step in range(3):
-    show(step, {"reward/overall": 0.25 * step, "time/step": 1.0})
+    show({"reward/overall": 0.25 * step, "time/step": 1.0}, step=step)
 """
 
 
@@ -316,21 +314,6 @@ def dashboard(log, out):
     env |= {f"WANDB_{name}_DIR": str(out / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
     return subprocess.run([sys.executable, "-c", DASHBOARD, log, out], env=env, cwd=out, text=True,
                           capture_output=True, timeout=300)
-
-
-def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {k: [(e.step, e.value) for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
-
-
-def test_tensorboard_has_every_scalar(tmp_path):
-    run = dashboard("tensorboard", tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert scalars(tmp_path) == {"reward/overall": [(0, 0.0), (1, 0.25), (2, 0.5)],
-                                 "time/step": [(0, 1.0), (1, 1.0), (2, 1.0)]}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
@@ -343,7 +326,7 @@ def test_wandb_gets_every_scalar(tmp_path):
     ident = f"{common.seed_of(str(tmp_path)):x}"  # from out_dir, so that a restart goes on in it
     files = [*tmp_path.glob(f"wandb/offline-run-*-{ident}/run-{ident}.wandb")]
     assert len(files) == 1, [str(p) for p in tmp_path.rglob("*")]
-    for text in (b"reward/overall", b"time/step", b"global_step", b"0.25", b"nanomedix"):
+    for text in (b"reward/overall", b"time/step", b"0.25", b"nanomedix"):
         assert text in files[0].read_bytes(), text
 
 

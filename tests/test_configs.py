@@ -10,7 +10,6 @@ from ranks import ROOT
 
 import common
 import data
-import policy
 import train_grpo
 
 NAMES = ["2b", "7b", "8b", "30b"]
@@ -50,9 +49,9 @@ def recipe(request, monkeypatch):
 def arithmetic(recipe):
     """The lines that the header must have."""
     cfg, judge = recipe.cfg, recipe.judge
-    rest, update = policy.memory(recipe.model, cfg, 8)
+    rest, update = published_models.memory(recipe.model, cfg, 8)
     cfg_alone = SimpleNamespace(**{**vars(cfg), "kl_coef": 0.0})
-    alone = "({:.1f} and {:.1f} if kl_coef=0)".format(*policy.memory(recipe.model, cfg_alone, 8))
+    alone = "({:.1f} and {:.1f} if kl_coef=0)".format(*published_models.memory(recipe.model, cfg_alone, 8))
     alone = f" {alone}" if cfg.kl_coef else ", without a reference model"
     return (
         f"# GB per GPU, calculated: at rest {rest:.1f}, in an update {update:.1f}{alone}.\n"
@@ -77,7 +76,7 @@ def test_every_phase_fits_the_gpu(recipe):
     for ranks, judge in ((8, recipe.judge), (fewer, 0)):
         assert ranks % cfg.tensor_parallel == 0
         train_grpo.check(cfg, ranks)
-        rest, update = policy.memory(recipe.model, cfg, ranks)
+        rest, update = published_models.memory(recipe.model, cfg, ranks)
         assert rest + recipe.engine + judge + OTHER < 0.95 * gpu
         assert update + recipe.activations + judge + OTHER < 0.95 * gpu
     weights = 2e-9 * sum(p.numel() for p in recipe.model.parameters()) / cfg.tensor_parallel
@@ -96,9 +95,9 @@ def test_memory_of_the_design():
     plain = SimpleNamespace(dtype="bfloat16", kl_coef=0.0)
     for name, at_rest, update in (("2B", 3.2, 4.3), ("8B", 13.2, 17.5), ("30B-A3B", 46.6, 62.1)):
         model = published_models.build(f"Qwen/Qwen3-VL-{name}-Instruct")
-        assert [round(x, 1) for x in policy.memory(model, plain, 8)] == [at_rest, update]
+        assert [round(x, 1) for x in published_models.memory(model, plain, 8)] == [at_rest, update]
     activations = ACTIVATIONS["30b"] * train_grpo.defaults["tokens_per_micro_batch"] / 1e3
-    update = policy.memory(model, plain, 8)[1] + activations
+    update = published_models.memory(model, plain, 8)[1] + activations
     reference = 2e-9 * sum(p.numel() for p in model.parameters()) / 8
     said = f"an update takes ~{update + reference:.0f} (~{update:.0f} if kl_coef=0)"
     assert update > 80 and said in header_of("30b")

@@ -1,6 +1,7 @@
 """data.py on drawn images and, where it is there, the real data beside the checkout."""
 import io
 import json
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -67,6 +68,10 @@ def load(source, processor, template=TEMPLATE, **more):
     return data.load(source, processor, cfg, more.pop("tags", TAGS), **more)
 
 
+def lengths(loaded):
+    return {i: tokens for i, (tokens, _, _) in loaded.kept.items()}
+
+
 def reference(processor, **more):
     return Qwen2VLImageProcessorPil(
         patch_size=processor.patch, merge_size=processor.merge, image_mean=processor.mean,
@@ -129,7 +134,7 @@ def test_prompt_is_the_real_thing(either, tmp_path, sizes):
             + "Is there a pleural effusion?\nAnswer briefly.<|im_end|>\n<|im_start|>assistant\n")
     assert got["grid"] == grid
     assert got["ids"] == either.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert loaded.lengths[0] == len(got["ids"])
+    assert lengths(loaded)[0] == len(got["ids"])
     assert got["ids"].count(either.image_token_id) == sum(pads)
     assert [x.shape for x in got["images"]] == [(h * either.patch, w * either.patch, 3)
                                                 for _, h, w in grid]
@@ -276,7 +281,7 @@ def test_pixels_that_cannot_be_read_are_named_by_the_check(kind, processor, tmp_
     damaged = file[:len(file) // 2]
     assert Image.open(io.BytesIO(damaged)).size == (200, 200)
     loaded = load(parquet(tmp_path / "a.parquet", [row(damaged), row(file)]), processor)
-    assert named(loaded.bad) == [(0, "image")] and loaded.keep == [1] == list(loaded.lengths)
+    assert named(loaded.bad) == [(0, "image")] and loaded.keep == [1] == list(loaded.kept)
     assert len(loaded.bad[0]) > len("row 0, image: ")
     assert data.prompt(loaded, 1)["row"] == 1
 
@@ -329,7 +334,7 @@ def test_bad_rows_are_named(processor, tmp_path):
     fields = {1: "problem", 2: "problem", 3: "problem", 4: "problem", 5: "solution", 6: "solution",
               7: "solution", 8: "solution", 9: "image", 12: "image"}
     assert dict(named(loaded.bad)) == fields
-    assert loaded.keep == [0, 10, 11] == list(loaded.lengths)
+    assert loaded.keep == [0, 10, 11] == list(loaded.kept)
     assert "<|im_end|>" in loaded.bad[0] and "None" in loaded.bad[-1]
     # no memory address: ranks must agree
     assert loaded.bad[-2].endswith(": cannot identify image file")
@@ -349,7 +354,7 @@ def test_too_many_bad_rows_stop(processor, tmp_path):
 
 def test_too_long_is_filtered_and_counted(processor, tmp_path):
     source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(noise(512, 512))])
-    short, long = load(source, processor).lengths.values()
+    short, long = lengths(load(source, processor)).values()
     assert long - short == 16 * 16 - 2 * 2
     loaded = load(source, processor, max_prompt_tokens=long - 1)
     assert loaded.too_long == [1] and loaded.keep == [0] and loaded.bad == []
@@ -446,73 +451,22 @@ def test_unusable_files(tmp_path):
         data.read_rows(tmp_path / "none.parquet")
 
 
-# the check: cache, ranks, fingerprint
-
-def cached():
-    return sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("checked-*"))
-
+# the check: ranks, fingerprint
 
 def facts(loaded):
-    return loaded.keep, loaded.lengths, loaded.bad, loaded.too_long, loaded.fingerprint
+    return loaded.kept, loaded.keep, loaded.hashes, loaded.bad, loaded.too_long, loaded.fingerprint
 
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The images that are decoded, one entry each: none in a load() that takes the cached facts."""
+    """The images that are decoded, one entry each."""
     seen, decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda image: seen.append(image) or decode(image))
     return seen
 
 
-def test_cache(processor, tmp_path, checked, monkeypatch):
-    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(noise(128, 128))])
-
-    def fresh(processor=processor, **more):
-        checked.clear()
-        loaded = load(source, processor, **more)
-        return bool(checked), facts(loaded)
-
-    first, answer = fresh()
-    assert first and fresh() == (False, answer)
-    assert len(cached()) == 1
-    spoken, longer = (data.load_processor(write_processor(tmp_path / x, 16)) for x in "ab")
-    spoken.tokenizer.chat_template = CHAT + "!"
-    longer.tokenizer.add_tokens(["!new"])
-    one_an_image = processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
-    others = [SimpleNamespace(**{**vars(processor), key: value}) for key, value in (
-        ("patch", 8), ("merge", 1), ("image_token_id", one_an_image))]
-    for change in ({"max_pixels": 32 * 32 * 9}, {"min_pixels": 99 * 99}, {"tags": ("X_RAY",)},
-                   {"template": "{question}"},
-                   *[{"processor": x} for x in (spoken, longer, *others)]):
-        assert fresh(**change)[0] and not fresh(**change)[0], change
-    code = tmp_path / "data.py"
-    code.write_text(Path(data.__file__).read_text() + "# changed\n")
-    with monkeypatch.context() as patched:
-        patched.setattr(data, "__file__", str(code))
-        assert fresh() == (True, answer) and fresh() == (False, answer)
-    parquet(Path(source), [row(noise(64, 96)), row(noise(128, 128))])
-    again, changed = fresh()
-    assert again and changed[1][0] == answer[1][0] + 2 and changed[-1] != answer[-1]
-
-
-def test_cache_serves_any_max_prompt_tokens(processor, tmp_path, checked):
-    source = parquet(tmp_path / "a.parquet", [row(noise(512, 512)), row(noise(64, 64))])
-    long, short = load(source, processor).lengths.values()
-    checked.clear()
-    loaded = load(source, processor, max_prompt_tokens=long - 1)
-    assert not checked and (loaded.lengths, loaded.too_long) == ({1: short}, [0])
-
-
-def test_bad_rows_are_checked_again_and_the_others_are_not(processor, tmp_path, checked):
-    broken = encoded(noise(64, 64))[:-99]
-    source = parquet(tmp_path / "a.parquet", [row(noise(64, 64)), row(broken), row(noise(64, 64))])
-    first = load(source, processor)
-    assert first.keep == [0, 2] and named(first.bad) == [(1, "image")] and len(checked) == 3
-    assert facts(load(source, processor)) == facts(first) and len(checked) == 4
-
-
-def test_rows_with_image_files_are_checked_again(processor, tmp_path, checked):
-    """The data file that names them is the same when they change."""
+def test_every_start_checks_every_row(processor, tmp_path, checked):
+    """Also images whose files change while the data file that names them stays the same."""
     plain = {"problem": "a?", "solution": "<X_RAY> a"}
     source = jsonl(tmp_path / "a.jsonl", [plain | {"image": x} for x in ("a.png", "b.png", None)])
     noise(64, 64).save(tmp_path / "a.png")
@@ -520,11 +474,12 @@ def test_rows_with_image_files_are_checked_again(processor, tmp_path, checked):
     assert found[0].keep == [0, 2] and named(found[0].bad) == [(1, "image")]
     noise(64, 64).save(tmp_path / "b.png")
     found += [load(source, processor)]
-    assert found[1].keep == [0, 1, 2] and not found[1].bad and len(cached()) == 1
+    assert found[1].keep == [0, 1, 2] and not found[1].bad and len(checked) == 3
     noise(64, 64, seed=1).save(tmp_path / "b.png")
     found += [load(source, processor)]
-    assert found[2].keep == [0, 1, 2] and found[2].lengths == found[1].lengths
+    assert found[2].keep == [0, 1, 2] and lengths(found[2]) == lengths(found[1])
     assert len({x.fingerprint for x in found}) == 3 and found[2].hashes[1] != found[1].hashes[1]
+    assert facts(load(source, processor)) == facts(found[2]) and len(checked) == 7
 
 
 @pytest.mark.parametrize("change, said", [
@@ -552,9 +507,9 @@ def ranks(world, source, processor, **more):
 
     def work(rank):
         def gather(obj):
-            box[rank] = json.dumps(obj)
+            box[rank] = pickle.dumps(obj)
             wall.wait()
-            everyone = [json.loads(x) for x in box]
+            everyone = [pickle.loads(x) for x in box]
             wall.wait()
             return everyone
         try:
@@ -575,46 +530,13 @@ def sizes(n):
 def test_ranks_agree(processor, tmp_path, checked):
     rows = [x | {"solution": "<X_RAY> a" if i % 4 else "a"} for i, x in enumerate(sizes(7))]
     source = parquet(tmp_path / "a.parquet", rows)
-    limit = max(load(source, processor).lengths.values()) - 1
+    limit = max(lengths(load(source, processor)).values()) - 1
     alone = load(source, processor, max_prompt_tokens=limit)
     assert alone.bad and alone.too_long and alone.keep
-    cached()[0].unlink()
     checked.clear()
     for loaded in ranks(3, source, processor, max_prompt_tokens=limit):
         assert facts(loaded) == facts(alone)
     assert len(checked) == 5  # the rows with a tag: each on one rank only
-
-
-def test_ranks_agree_on_the_cache(processor, tmp_path, checked, monkeypatch):
-    source = parquet(tmp_path / "a.parquet", sizes(7))
-    first = ranks(3, source, processor)
-    assert len(checked) == 7 and len(cached()) == 1
-    alone = load(source, processor)
-    again = ranks(3, source, processor)
-    assert len(checked) == 7
-    assert [facts(x) for x in first] == [facts(x) for x in again] == [facts(alone)] * 3
-    # one rank of three does not have it: it checks its own rows anew, and none is left waiting
-    seen, read_text, lock = [], Path.read_text, threading.Lock()
-
-    def absent_once(path, *args, **kwargs):
-        with lock:
-            if path.name.startswith("checked-"):
-                seen.append(path)
-                if len(seen) == 2:
-                    raise FileNotFoundError(path)
-        return read_text(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "read_text", absent_once)
-    assert [facts(x) for x in ranks(3, source, processor)] == [facts(alone)] * 3
-    assert 7 + 2 <= len(checked) <= 7 + 3 and len(seen) == 3
-
-
-def test_a_damaged_cache_is_made_anew(processor, tmp_path, checked):
-    source = parquet(tmp_path / "a.parquet", sizes(3))
-    first = load(source, processor)
-    cached()[0].write_text("[48, 4")
-    for _ in range(2):
-        assert facts(load(source, processor)) == facts(first) and len(checked) == 6
 
 
 def test_ranks_stop_alike(processor, tmp_path):
@@ -638,7 +560,7 @@ def test_fingerprint_is_of_the_content_not_the_place(processor, tmp_path, name):
     here, copy = load(source, processor), tmp_path / "other" / f"copy-of-{name}"
     shutil.copy(source, copy)
     assert load(copy, processor).fingerprint == here.fingerprint and len(here.fingerprint) == 64
-    fewer = load(source, processor, max_prompt_tokens=min(here.lengths.values()))
+    fewer = load(source, processor, max_prompt_tokens=min(lengths(here).values()))
     assert fewer.keep == [0] and fewer.fingerprint != here.fingerprint
     for change in (rows[::-1], [rows[0], rows[1] | {"solution": "<X_RAY> No"}], rows + rows[:1],
                    [rows[0], rows[1] | {"problem": "2?"}], [rows[0], rows[1] | {"image": "0.png"}]):

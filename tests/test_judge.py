@@ -1,4 +1,5 @@
 """reward.py's judge over HTTP, against a real server that fails in every way, and its embedder."""
+import itertools
 import json
 import os
 import subprocess
@@ -60,12 +61,10 @@ def test_order_and_values_of_the_parts():
 
 
 def test_verdicts_stay_in_order_whatever_comes_first():
-    with judge(rule=lambda q, t, a: "YES" if int(a) % 3 == 0 else "NO",
-               delay=lambda request: 0.3 / (1 + int(request.answer or "0")
-                                            ) if request.answer.isdecimal() else 0,
-               ) as server:
-        server.script = lambda r: "ok" if r.answer.isdecimal() else "say:YES"
+    with judge() as server:
         scorer = load(server, judge_concurrency=16)
+        server.rule = lambda q, t, a: "YES" if int(a) % 3 == 0 else "NO"
+        server.delay = lambda request: 0.3 / (1 + int(request.answer))
         answers = [str(i) for i in range(16)]
         assert verdicts(scorer, answers) == [float(i % 3 == 0) for i in range(16)]
         jobs = [reward.start(scorer, "", X, [say(a) for a in answers[i:i + 4]])
@@ -89,7 +88,7 @@ def test_the_request():
     with judge() as server:
         scorer = load(f"{server.url}/", judge_args={"seed": 7, "max_tokens": 3})
         verdicts(scorer, ["ribs"], question=" Where is\nit? ")
-        first, last = server.requests
+        last = server.requests[1]
         assert last.path == "/v1/chat/completions"
         assert {k: v for k, v in last.body.items() if k != "messages"} == {
             "model": "a-judge", "temperature": 0, "max_tokens": 3, "seed": 7}
@@ -111,15 +110,15 @@ FORGERIES = [
 
 @pytest.mark.parametrize("answer", FORGERIES)
 def test_an_answer_stays_inside_its_string(answer):
-    """What the judge's model is shown: the same words around, and one JSON object of three texts."""
+    """What the model is shown: the same words around, and one JSON object of three texts."""
     with judge() as server:
         scorer = load(server)
         verdicts(scorer, ["ribs", answer], question=f"Q {answer}", solution=f"<X_RAY> T {answer}")
         plain = next(r for r in server.requests if r.answer == "ribs")
         forged = next(r for r in server.requests if r.answer != "ribs")
-        shown = answer.strip().replace("\ud800", "\\ud800")
-        assert (forged.question, forged.truth, forged.answer) == (
-            f"Q {shown}".strip(), f"T {shown}".strip(), shown)
+        assert (forged.question, forged.truth, forged.answer) == tuple(
+            text.strip().replace("\ud800", "\\ud800")
+            for text in (f"Q {answer}", f"T {answer}", answer))
         assert forged.around == plain.around
         content = forged.body["messages"][0]["content"]
         record = content[content.index("{"):]  # no mark of a chat template, no line break
@@ -161,22 +160,25 @@ FAILURES = [
     ("say:YESNO", "judge_model=a-judge", True), ("say:Y", "judge_model=a-judge", True)]
 
 
+SLOW = ("hang", "trickle")  # the timeout is longer than the patience: there is no time to try again
+
+
 @pytest.mark.parametrize("what,said,again", FAILURES, ids=[f[0][:30] for f in FAILURES])
 def test_a_failure_leaves_the_response_unscored(what, said, again):
     """Never 0, no exception; what needs no judge is scored; the reason is kept for the trainer."""
     with judge() as server:
-        scorer = load(server, judge_timeout_s=0.2, judge_patience_s=0.3)
-        assert scorer.last_failure == ""
+        scorer = load(server, judge_timeout_s=0.2, judge_patience_s=0.15)
+        assert scorer.judge.last_failure == ""
         server.script = always(what)
         start = time.monotonic()
         unscored, right, wrong = reward.score(scorer, "", X, [say("ribs"), say("left lung"), ""])
         assert time.monotonic() - start < 2
         assert unscored == {"judge": None, "embed": 0, "modality": 1, "format": 1, "overall": None}
         assert right["overall"] == 1 and wrong["overall"] == 0
-        assert len(server.requests) == 1 + again
+        assert len(server.requests) == 1 + (again and what not in SLOW)
         assert {(r.path, r.answer) for r in server.requests} == {("/v1/chat/completions", "ribs")}
-        assert scorer.last_failure.startswith(said) and "\n" not in scorer.last_failure
-        assert len(scorer.last_failure) < 400
+        assert scorer.judge.last_failure.startswith(said) and "\n" not in scorer.judge.last_failure
+        assert len(scorer.judge.last_failure) < 400
 
 
 def test_every_kind_of_failure_is_mended_by_another_try():
@@ -186,10 +188,10 @@ def test_every_kind_of_failure_is_mended_by_another_try():
     def fail_once(request):
         seen[request.answer] = seen.get(request.answer, 0) + 1
         return kinds[int(request.answer)] if seen[request.answer] == 1 else "ok"
-    with judge(rule=lambda q, t, a: "YES" if int(a) % 2 else "NO") as server:
-        server.script = iter(["say:YES"])
-        scorer = load(server, judge_concurrency=len(kinds), judge_timeout_s=0.5,
+    with judge() as server:
+        scorer = load(server, judge_concurrency=len(kinds), judge_timeout_s=1.0,
                       judge_patience_s=20)
+        server.rule = lambda q, t, a: "YES" if int(a) % 2 else "NO"
         server.script = fail_once
         answers = [str(i) for i in range(len(kinds))]
         assert verdicts(scorer, answers) == [float(i % 2) for i in range(len(kinds))]
@@ -203,7 +205,7 @@ def test_back_off():
         server.script = always("500")
         assert verdicts(scorer, ["ribs"]) == [None]
         times = [r.time for r in server.requests]
-        waits = [b - a for a, b in zip(times, times[1:])]
+        waits = [b - a for a, b in itertools.pairwise(times)]
         assert waits == [pytest.approx(wait, abs=0.25) for wait in (0.5, 1, 0.7)]
 
 
@@ -228,7 +230,7 @@ def test_a_judge_that_dies_in_the_run():
     parts = reward.score(scorer, "What is it?", X, [say(a) for a in ("ribs", "heart", "left lung")])
     assert [p["judge"] for p in parts] == [0, None, 1]  # known before, unknown, settled
     assert [p["overall"] is None for p in parts] == [False, True, False]
-    assert "refused" in scorer.last_failure and str(port) in scorer.last_failure
+    assert "refused" in scorer.judge.last_failure and str(port) in scorer.judge.last_failure
     with judge(port=port):
         assert verdicts(scorer, ["heart"]) == [0]
 
@@ -253,12 +255,13 @@ def test_a_dead_judge_is_not_waited_for_by_each_of_a_long_queue(what):
 
 
 def test_a_slow_judge_with_a_long_queue_is_not_dead():
-    """Each request has its own patience, from when it is made: 30 * 0.1 s against 0.4 s."""
-    with judge(delay=0.1) as server:
-        scorer = load(server, judge_concurrency=1, judge_timeout_s=1.0, judge_patience_s=0.6)
-        server.script = lambda r: "500" if r.answer == "29" and len(server.requests) == 30 else "ok"
-        assert verdicts(scorer, [str(i) for i in range(30)]) == [0] * 30
-        assert len(server.requests) == 31
+    """Each request has its own patience, from when it is made: 15 * 0.1 s in all against 0.6 s."""
+    with judge() as server:
+        scorer = load(server, judge_concurrency=1, judge_timeout_s=0.5, judge_patience_s=0.6)
+        server.delay = 0.1
+        server.script = lambda r: "500" if r.answer == "14" and len(server.requests) == 15 else "ok"
+        assert verdicts(scorer, [str(i) for i in range(15)]) == [0] * 15
+        assert len(server.requests) == 16
 
 
 # --- asked once, at once, over few connections ----------------------------------------------------
@@ -325,7 +328,7 @@ def test_refusals_keep_the_connection():
 def test_exact_needs_no_judge():
     threads = threading.active_count()
     only = {k: v for k, v in DEFAULTS.items() if not k.startswith("judge")}
-    scorer = reward.load(SimpleNamespace(judge="exact", **only))
+    scorer = reward.load(SimpleNamespace(judge="exact", judge_check=True, **only))
     jobs = [reward.start(scorer, "", X, [say("ribs"), say("left lung")]) for _ in range(2)]
     assert [[p["judge"] for p in parts] for parts in reward.finish(scorer, jobs)] == [[0, 1]] * 2
     assert reward.finish(scorer, []) == [] and threading.active_count() == threads
@@ -342,7 +345,7 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, capsys):
             server.script = always(what)  # this server's errors do show the key
             assert verdicts(scorer, [what]) == [None]
             assert server.requests[-1].headers["Authorization"] == "Bearer sk-very-secret"
-            assert "secret" not in scorer.last_failure
+            assert "secret" not in scorer.judge.last_failure
         server.script = always("401")
         with pytest.raises(ValueError, match="judge_api_key_env=JUDGE_KEY: HTTP 401") as error:
             load(server, judge_api_key_env="JUDGE_KEY")
@@ -350,12 +353,12 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, capsys):
     assert "secret" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("key", ["sk-se\ncret", "sk-secret-\u80ba", "sk-secret\x7f", "\u00e9secret"])
+@pytest.mark.parametrize("key", ["sk-se\ncret", "sk-secret-\u80ba", "sk-secret\x7f", "ésecret"])
 def test_a_mistyped_key_is_not_shown(monkeypatch, key):
     monkeypatch.setenv("JUDGE_KEY", key)
     with judge() as server:
         server.script = always("401")
-        with pytest.raises(ValueError, match="^judge_") as error:
+        with pytest.raises(ValueError, match=r"^judge_") as error:
             load(server, judge_api_key_env="JUDGE_KEY")
         assert "secret" not in str(error.value) and "cret" not in str(error.value)
 
@@ -365,7 +368,8 @@ def test_a_missing_key(monkeypatch, value):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
-    with judge() as server, pytest.raises(ValueError, match="^judge_api_key_env='JUDGE_KEY': .* set"):
+    message = r"^judge_api_key_env='JUDGE_KEY': it is not set"
+    with judge() as server, pytest.raises(ValueError, match=message):
         load(server, judge_api_key_env="JUDGE_KEY")
 
 
@@ -416,7 +420,7 @@ def test_judge_check_refuses_a_judge_that_knows_nothing(rule, pairs):
     ("401", "judge_api_key_env=: HTTP 401", "key"), ("403", "judge_api_key_env=: HTTP 403", "key"),
     ("404", "judge_url=http", "judge_model"), ("400", "judge_args={}: HTTP 400", "try {}"),
     ("html", "judge_url=http", "<html>"), ("reply:{", "judge_url=http", "no chat completion"),
-    ("redirect:/x", "judge_url=http", "HTTP 307"), ("hang", "judge_timeout_s=0.3: timed out", "raise"),
+    ("hang", "judge_timeout_s=0.3: timed out", "raise"), ("redirect:/x", "judge_url=http", "307"),
     ("500", "judge_url=http", "HTTP 500"), ("say:Maybe", "judge_model=a-judge: Maybe", "another"),
     ("trickle", "judge_timeout_s=0.3", "raise"), ("huge", "judge_timeout_s=0.3", "raise")])
 def test_what_waiting_does_not_mend_stops_at_once(what, said, advice):
@@ -433,12 +437,12 @@ def test_what_waiting_does_not_mend_stops_at_once(what, said, advice):
 def test_a_judge_that_is_still_loading_is_waited_for(capsys, check):
     port = free_port()
     with judge() as loading:
-        loading.script = iter(["503", "503"])
+        loading.script = iter(["503"])
         load(loading, judge_patience_s=20, judge_check=check)
     done = threading.Event()
 
     def later():
-        time.sleep(0.7)
+        time.sleep(0.2)
         with judge(port=port):
             done.wait(20)
     thread = threading.Thread(target=later)
@@ -447,7 +451,7 @@ def test_a_judge_that_is_still_loading_is_waited_for(capsys, check):
     load(f"http://127.0.0.1:{port}/v1", judge_patience_s=20, judge_check=check)
     done.set()
     thread.join()
-    assert capsys.readouterr().out.count(f"waiting for the judge at http://127.0.0.1:{port}/v1") == 1
+    assert capsys.readouterr().out == f"waiting for the judge at http://127.0.0.1:{port}/v1 ...\n"
 
 
 def test_a_judge_that_never_comes():
@@ -475,13 +479,13 @@ def test_a_run_that_fails_ends_though_the_judge_is_down():
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import test_judge as t, reward
         with t.judge() as server:
-            scorer = t.load(server, judge_concurrency=2)
+            scorer = t.load(server, judge_concurrency=2, judge_timeout_s=0.5)
         reward.start(scorer, "", t.X, [t.say(str(i)) for i in range(50)])
         raise SystemExit(3)"""
     start = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
     assert run.returncode == 3, run.stderr
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 20  # most of it imports
 
 
 # --- the embedder ---------------------------------------------------------------------------------
@@ -553,10 +557,10 @@ def test_judge_check_refuses_an_embedder_that_cannot_tell(minilm):
     embedded(minilm, embed_threshold=0.0, judge_check=False)
 
 
-@pytest.mark.parametrize("embedder", ["out/no-such-folder/at-all", "no/such-model", ".", "configs", ""])
+@pytest.mark.parametrize("embedder", ["no-such/folder/at-all", "no/such-model", ".", "configs", ""])
 def test_an_embedder_that_cannot_be_loaded(embedder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="^embedder=.*ngram") as error:
+    with pytest.raises(ValueError, match=r"^embedder=.*ngram") as error:
         embedded(embedder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -566,13 +570,13 @@ def test_a_broken_embedder_folder(minilm, tmp_path):
         if not name.endswith(".safetensors"):
             (tmp_path / name).symlink_to(os.path.join(minilm, name))
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="^embedder=.*ngram"):
+    with pytest.raises(ValueError, match=r"^embedder=.*ngram"):
         embedded(str(tmp_path))
 
 
 def test_without_sentence_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ValueError, match="^embedder='some/model'.*ngram.*sentence_transformers"):
+    with pytest.raises(ValueError, match=r"^embedder='some/model'.*ngram.*sentence_transformers"):
         embedded("some/model")
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import published_models
 import pytest
 import tiny_models
 import torch
@@ -14,11 +15,9 @@ import policy
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return tiny_models.save("qwen3_vl", tmp_path_factory.mktemp("model"))
-
 
 def gradients(model, processor):
     """{name: whole gradient or None} of the summed log-probs of the three test groups."""
@@ -29,10 +28,8 @@ def gradients(model, processor):
         n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()
     }
 
-
 def load(path, **settings):
     return policy.load(tiny_models.settings(path, **settings), CPU)
-
 
 def test_activation_checkpointing_changes_no_gradient(path, process_group):
     processor = tiny_models.processor("qwen3_vl")
@@ -40,7 +37,6 @@ def test_activation_checkpointing_changes_no_gradient(path, process_group):
     checkpointed = gradients(load(path, activation_checkpointing=True), processor)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name])
-
 
 def test_frozen_vision_gets_no_gradient_and_the_rest_the_same(path, process_group):
     processor = tiny_models.processor("qwen3_vl")
@@ -58,7 +54,6 @@ def test_frozen_vision_gets_no_gradient_and_the_rest_the_same(path, process_grou
     same = {n for n, p in model.named_parameters() if torch.equal(p.full_tensor(), before[n])}
     assert same == {n for n in before if ".visual." in n}
 
-
 def test_bf16_computes_in_bf16_and_keeps_weights_and_moments_in_fp32(path, process_group):
     """MediX-R1's 30B recipe keeps them in bf16, where a second moment can never decay."""
     processor = tiny_models.processor("qwen3_vl")
@@ -73,12 +68,10 @@ def test_bf16_computes_in_bf16_and_keeps_weights_and_moments_in_fp32(path, proce
         assert p.dtype == torch.float32
         assert {optimizer.state[p][k].dtype for k in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
-
 def test_reference_is_kept_in_its_compute_type_and_cannot_learn(path, process_group):
     model = policy.load(tiny_models.settings(path, dtype="bfloat16"), CPU, trainable=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())
-
 
 def test_norms_biases_and_embeddings_are_not_decayed(path, process_group):
     model = load(path)
@@ -92,7 +85,6 @@ def test_norms_biases_and_embeddings_are_not_decayed(path, process_group):
         if name.endswith("bias") or "norm" in name or "embed_tokens" in name or "pos_embed" in name:
             assert value == 0, name
 
-
 def test_a_gradient_that_is_not_finite_changes_nothing(path, process_group):
     model = load(path)
     optimizer = policy.adamw(model, 1e-2, 0.9, 0.5)
@@ -104,20 +96,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(path, process_group):
     assert all(torch.equal(p.full_tensor(), before[n]) for n, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
 
-
 def test_an_unknown_architecture_is_refused(process_group, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": []}')
     with pytest.raises(ValueError, match=r"qwen3.*not one of.*qwen3_vl_moe"):
         load(str(tmp_path))
 
-
 # --- memory ---------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_that_of_the_tensors(kind, tied, process_group, tmp_path):
-    """What policy.memory calculates is what weights, gradients and moments really take."""
+    """What memory() calculates is what weights, gradients and moments really take."""
     model = load(tiny_models.save(kind, tmp_path, tied=tied))
     optimizer = policy.adamw(model, 1e-3, 0.9, 0.0)
     cfg = tiny_models.settings("", dtype="bfloat16", kl_coef=0.0)
@@ -129,25 +118,22 @@ def test_memory_is_that_of_the_tensors(kind, tied, process_group, tmp_path):
     moments = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
     at_rest = sum(weights.values()) + sum(m.to_local().nbytes for m in moments)
     expected = at_rest / 1e9, (at_rest + grads) / 1e9
-    assert policy.memory(model, cfg, 1) == pytest.approx(expected)
-    assert policy.memory(model, cfg, 4) == pytest.approx([x / 4 for x in expected])
-
+    assert published_models.memory(model, cfg, 1) == pytest.approx(expected)
+    assert published_models.memory(model, cfg, 4) == pytest.approx([x / 4 for x in expected])
 
 def test_memory_of_a_reference_model_and_of_frozen_vision(path, process_group):
     settings = tiny_models.settings(path, dtype="bfloat16", kl_coef=0.0)
     model, reference = load(path), policy.load(settings, CPU, trainable=False)
-    alone, kl = policy.memory(model, settings, 1), tiny_models.settings(
+    alone, kl = published_models.memory(model, settings, 1), tiny_models.settings(
         path, dtype="bfloat16", kl_coef=0.01)
     more = sum(p.nbytes for p in reference.parameters()) / 1e9
-    assert policy.memory(model, kl, 1) == pytest.approx([x + more for x in alone])
+    assert published_models.memory(model, kl, 1) == pytest.approx([x + more for x in alone])
     frozen = sum(p.numel() for p in model.model.visual.parameters()) / 1e9
     model.model.visual.requires_grad_(False)
     expected = alone[0] - 8 * frozen, alone[1] - 12 * frozen
-    assert policy.memory(model, settings, 1) == pytest.approx(expected)
-
+    assert published_models.memory(model, settings, 1) == pytest.approx(expected)
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def trained(path, process_group):
@@ -158,7 +144,6 @@ def trained(path, process_group):
         gradients(model, tiny_models.processor("qwen3_vl"))
         policy.optimizer_step(model, optimizer, 1e-2, 1.0)
     return model, optimizer
-
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(trained, tmp_path, monkeypatch):
     """Every file and the folder are flushed, then renamed, then `latest` moves, then the parent is
@@ -185,7 +170,6 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(trained, tmp_path, monke
     assert events[done:][-1] == ("flush", tmp_path.name)
     assert {("rename", "latest"), ("rename", "best")} == {*events[done + 1 : -1]}
 
-
 def test_a_checkpoint_brings_back_weights_moments_and_steps(trained, path, tmp_path):
     model, optimizer = trained
     policy.save_checkpoint(tmp_path, 2, model, optimizer, {"best": [2, 0.5], "cursor": 3}, keep=1)
@@ -198,7 +182,6 @@ def test_a_checkpoint_brings_back_weights_moments_and_steps(trained, path, tmp_p
         for key in ("exp_avg", "exp_avg_sq"):
             moments = other.state[ours][key], optimizer.state[theirs][key]
             assert torch.equal(*(m.full_tensor() for m in moments)), name
-
 
 @pytest.mark.parametrize("harm", ["flip a bit", "cut off", "empty", "remove"])
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, harm):

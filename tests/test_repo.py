@@ -17,7 +17,7 @@ import train_grpo
 
 MODULES = {"loss", "policy", "rollout", "reward", "data", "common"}
 SCRIPTS = {"train_grpo", "train_dapo", "eval", "merge", "tiny", "report"}
-CLASSES = {("data.py", "BadRow"), ("policy.py", "TokenLogprobs")}
+CLASSES = {("policy.py", "TokenLogprobs")}
 
 
 def tracked(pattern="*"):

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
 
-DEFAULTS = {"judge": "exact", "embedder": "ngram", "embed_threshold": 0.8, "embed_soft": False, "judge_check": True,
-            "weight_judge": 0.575, "weight_embed": 0.375, "weight_modality": 0.05,
-            "weight_format": 0.1}
+DEFAULTS = {"judge": "exact", "judge_check": False, "embedder": "ngram", "embed_threshold": 0.8,
+            "embed_soft": False, "weight_judge": 0.575, "weight_embed": 0.375,
+            "weight_modality": 0.05, "weight_format": 0.1}
 
 
 def load(**settings):
@@ -257,8 +257,8 @@ def test_a_missing_part_is_unscored(scorer, missing, others):
 
 
 @pytest.mark.parametrize("settings,message", [
-    ({"judge": "htpp"}, "judge='htpp' is unknown: set judge=\"exact\""),
-    ({"embedder": "medembed"}, "embedder='medembed' is unknown: set embedder=\"ngram\""),
+    ({"judge": "htpp"}, "judge='htpp' is unknown: it must be \"http\" or \"exact\""),
+    ({"embedder": "medembed"}, "embedder='medembed': name ngram, or folder or hub id"),
     ({"embed_threshold": -0.1}, "embed_threshold=-0.1"), ({"embed_threshold": 80}, "within 0 .. 1"),
     ({"embed_threshold": float("nan")}, "embed_threshold=nan"),
     ({"weight_judge": -0.5}, "weight_judge=-0.5"), ({"weight_embed": -1}, "weight_embed=-1"),

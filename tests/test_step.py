@@ -68,7 +68,7 @@ def test_unscored_groups_leave_the_normaliser_and_equal_ones_stay(process_group,
 
 @pytest.fixture
 def run(start, process_group):
-    """What next_prompts needs, over three rows."""
+    """What prompts are made from, over three rows."""
     cfg = common.load_config(train_grpo.defaults, ["configs/tiny.py"])
     processor = data.load_processor(f"{start}/model")
     train = data.load(f"{start}/data@train", processor, cfg, reward.TAGS)
@@ -80,21 +80,23 @@ def run(start, process_group):
         train=train,
         val=train,
         processor=processor,
-        state={"cursor": 0, "bad_rows": []},
+        state={"cursor": 0},
         last_step=1,
     )
 
 
 def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run):
-    run.cfg.prompts_per_step = 7
-    prompts = train_grpo.next_prompts(run, 1)
-    rows = [p["row"] for p in prompts]
+    def prompts(step, slots=range(7)):
+        rows = [run.train.keep[i] for i in data.order(3, run.cfg.seed, 0, 7)]
+        return train_grpo.read_prompts(run, run.train, rows, slots, step)
+
+    first = prompts(1)
+    rows = [p["row"] for p in first]
     assert sorted(rows[:3]) == sorted(rows[3:6]) == run.train.keep
-    assert len({p["seed"] for p in prompts}) == 7
-    run.state["cursor"] = 0
-    assert [p["seed"] for p in train_grpo.next_prompts(run, 1)] == [p["seed"] for p in prompts]
-    run.state["cursor"] = 0
-    assert not {p["seed"] for p in train_grpo.next_prompts(run, 2)} & {p["seed"] for p in prompts}
+    assert len({p["seed"] for p in first}) == 7
+    assert [p["seed"] for p in prompts(1)] == [p["seed"] for p in first]
+    assert not {p["seed"] for p in prompts(2)} & {p["seed"] for p in first}
+    assert [p["seed"] for p in prompts(1, [2, 5])] == [first[2]["seed"], first[5]["seed"]]
 
 
 def test_validation_rows_that_are_trained_on_are_said(run, capsys):

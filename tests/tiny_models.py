@@ -87,7 +87,8 @@ def save(kind, folder, tied=True, seed=0, vocab=200):
 
 def settings(path, **more):
     """A run's settings, as the modules take them."""
-    return SimpleNamespace(**{**train_grpo.defaults, "model": path, "dtype": "float32", **more})
+    plain = {"model": path, "dtype": "float32", "engine": "torch"}
+    return SimpleNamespace(**{**train_grpo.defaults, **plain, **more})
 
 
 def processor(kind):

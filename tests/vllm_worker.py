@@ -78,6 +78,9 @@ def check_gap(model, engine, prompts):
     first = ask(engine, prompts)  # fills every cache with what the old weights made
     result = {"before": gap(model, engine, first)}
     update(model, engine, prompts, first)
+    send(engine, without(model, "lm_head.weight"))
+    result["head not sent"] = gap(model, engine, ask(engine, prompts))
+    update(model, engine, prompts, first)
     result["not sent"] = gap(model, engine, ask(engine, prompts))
     send(engine, policy.named_weights(model))
     again = ask(engine, prompts)
@@ -100,11 +103,6 @@ def check_gap(model, engine, prompts):
 def check_traps(model, engine, prompts):
     """What happens where a cure is left out; the last one leaves the engine useless."""
     result, first = {}, ask(engine, prompts)
-    update(model, engine, prompts, first)
-    send(engine, without(model, "lm_head.weight"))
-    result["head not sent"] = gap(model, engine, ask(engine, prompts))
-    send(engine, policy.named_weights(model))
-    result["head sent"] = gap(model, engine, ask(engine, prompts))
     hot = {"temperature": 2.0, "max_tokens": 60}
     result["banned"] = sum(t in engine.banned for g in ids(ask(engine, prompts, **hot))
                            for r in g for t in r)
