@@ -85,7 +85,7 @@ UNKNOWN = {
     "dtype": ("float16", "'bfloat16', 'float32'"),
     "log": ("wandbb", "'', 'wandb'"),
     "judge": ("gpt", '"exact"'),
-    "embedder": ("bert", '"ngram"'),
+    "embedder": ("bert", "name ngram"),
 }
 
 
@@ -144,9 +144,22 @@ def test_fewer_prompts_than_ranks(refusal, monkeypatch):
         train_grpo.check(cfg, 9)
 
 
-@pytest.mark.parametrize("args", ["{'max_seqs': 4}", "{'max_num_seqs': 'many'}"])
-def test_engine_args(refusal, args):
-    assert_says(refusal(engine_args=args, weights=True), "engine_args", args, "max_num_seqs")
+def test_engine_args_without_vllm(refusal):
+    message = refusal(engine_args="{'max_num_seqs': 4}", weights=True)
+    assert_says(message, "engine_args={'max_num_seqs': 4}", 'engine="vllm"', "leave them out")
+
+
+def test_vllm_that_is_not_installed(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert_says(refusal(engine="vllm", weights=True), "vllm", "install vllm==", 'engine="torch"')
+
+
+def test_tensor_parallel(refusal, monkeypatch):
+    assert_says(refusal(tensor_parallel=0), "tensor_parallel=0", "above 0")
+    message = refusal(tensor_parallel=2, engine="vllm")
+    assert_says(message, "tensor_parallel=2", "number of ranks, 1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_says(refusal(tensor_parallel=2), "tensor_parallel=2", 'engine="vllm"')
 
 
 def test_a_dashboard_that_is_not_installed(refusal, monkeypatch):

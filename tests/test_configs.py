@@ -51,7 +51,8 @@ def arithmetic(recipe):
     cfg, judge = recipe.cfg, recipe.judge
     rest, update = published_models.memory(recipe.model, cfg, 8)
     cfg_alone = SimpleNamespace(**{**vars(cfg), "kl_coef": 0.0})
-    alone = "({:.1f} and {:.1f} if kl_coef=0)".format(*published_models.memory(recipe.model, cfg_alone, 8))
+    numbers = published_models.memory(recipe.model, cfg_alone, 8)
+    alone = "({:.1f} and {:.1f} if kl_coef=0)".format(*numbers)
     alone = f" {alone}" if cfg.kl_coef else ", without a reference model"
     return (
         f"# GB per GPU, calculated: at rest {rest:.1f}, in an update {update:.1f}{alone}.\n"

@@ -312,7 +312,8 @@ def test_concurrency_and_keep_alive(concurrency, world, at_once):
     with judge() as server:
         scorer = load(server, world=world, judge_concurrency=concurrency)
         server.delay = 0.05
-        assert verdicts(scorer, [str(i) for i in range(16)]) == [0] * 16
+        for burst in ("a", "b"):  # idle connections are kept between the two
+            assert verdicts(scorer, [f"{burst}{i}" for i in range(16)]) == [0] * 16
         assert server.most_at_once == at_once
         assert server.connections <= at_once
 
@@ -461,8 +462,8 @@ def test_a_judge_that_never_comes():
     assert "start a judge" in message
 
 
-@pytest.mark.parametrize("url", ["localhost:8085/v1", "", "ftp://localhost/v1", "http://", "http://[::1",
-                                 "http://localhost:99999/v1", "http://no.such.host.invalid/v1",
+@pytest.mark.parametrize("url", ["localhost:8085/v1", "", "ftp://localhost/v1", "http://",
+                                 "http://[::1", "http://localhost:99999/v1", "http://no.such.host.invalid/v1",
                                  "http:///v1", "localhost", "https://127.0.0.1:{port}/v1"])
 def test_an_url_that_cannot_work(url):
     with judge() as server:
