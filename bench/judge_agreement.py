@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -38,9 +37,10 @@ def read(path):
 
 def cosines(encode, pairs):
     """The largest cosine of each answer with one of its truths."""
-    flat = [(truth, answer) for answer, truths, _ in pairs for truth in truths]
-    values = iter(reward.cosines(SimpleNamespace(encode=encode), *zip(*flat)))
-    return [max(next(values) for _ in truths) for _, truths, _ in pairs]
+    texts = list(dict.fromkeys(x for answer, truths, _ in pairs for x in (answer, *truths)))
+    vectors = dict(zip(texts, encode(texts)))
+    return [max((vectors[answer] @ vectors[truth].T).sum() for truth in truths)
+            for answer, truths, _ in pairs]
 
 
 def settled(pairs):

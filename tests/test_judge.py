@@ -332,7 +332,7 @@ def test_exact_needs_no_judge():
     scorer = reward.load(SimpleNamespace(judge="exact", judge_check=True, **only))
     jobs = [reward.start(scorer, "", X, [say("ribs"), say("left lung")]) for _ in range(2)]
     assert [[p["judge"] for p in parts] for parts in reward.finish(scorer, jobs)] == [[0, 1]] * 2
-    assert reward.finish(scorer, []) == [] and threading.active_count() == threads
+    assert reward.finish(scorer, []) == [] and threading.active_count() <= threads
 
 
 # --- keys and where requests go -------------------------------------------------------------------
@@ -463,7 +463,8 @@ def test_a_judge_that_never_comes():
 
 
 @pytest.mark.parametrize("url", ["localhost:8085/v1", "", "ftp://localhost/v1", "http://",
-                                 "http://[::1", "http://localhost:99999/v1", "http://no.such.host.invalid/v1",
+                                 "http://[::1", "http://localhost:99999/v1",
+                                 "http://no.such.host.invalid/v1",
                                  "http:///v1", "localhost", "https://127.0.0.1:{port}/v1"])
 def test_an_url_that_cannot_work(url):
     with judge() as server:
