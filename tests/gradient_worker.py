@@ -64,10 +64,13 @@ def gradient(model, reference, rank, world, options):
     update = train_grpo.plan_update(run, [g for g in groups if g["slot"] % world == rank], 0)
     for row in update.rows if options.get("old") == "noise" else []:
         row["old_logprobs"] = row["logprobs"]
-    if options.get("old") == "pass":
-        train_grpo.add_logprobs(run, [update], model, "old_logprobs")
-    if run.cfg.kl_coef:
-        train_grpo.add_logprobs(run, [update], reference, "ref_logprobs")
+    passes = {"old_logprobs": model} if options.get("old") == "pass" else {}
+    passes |= {"ref_logprobs": reference} if run.cfg.kl_coef else {}
+    for key, other in passes.items():  # as train() does it
+        for row in update.rows:
+            with torch.no_grad():
+                row[key], _ = policy.logprobs(other, row, run.engine.patches(row["images"]),
+                                              run.cfg.temperature, run.engine.banned)
     sums = [train_grpo.backward(run, update, row) for row in update.rows]
     result = {
         "sums": common.total({k: sum(s[k] for s in sums) for k in sums[0]}),

@@ -139,15 +139,16 @@ def test_transfer_codings(what):
 
 # what the judge does, the setting that the failure names, whether it is worth another try
 FAILURES = [
-    ("hang", "judge_timeout_s=0.2: ", True), ("trickle", "judge_timeout_s=0.2: no end of", True),
+    ("hang", "judge_timeout_s=0.2: timed out", True),
+    ("trickle", "judge_timeout_s=0.2: no end of", True),
     ("drop", "judge_url=http", True), ("cut", "judge_url=http", True),
     ("garbage", "judge_url=http", True), ("html", "judge_url=http", True),
     ("500", "judge_url=http", True), ("503", "judge_url=http", True),
-    ("429", "judge_url=http", True), ("408", "judge_timeout_s=0.2", True),
+    ("429", "judge_url=http", True), ("408", "judge_timeout_s=5.0: HTTP 408", True),
     ("409", "judge_url=http", True), ("425", "judge_url=http", True),
     ("400", "judge_args={}: HTTP 400", False), ("401", "judge_api_key_env=: HTTP 401", False),
     ("403", "judge_api_key_env=: HTTP 403", False), ("404", "judge_url=http", False),
-    ("422", "judge_url=http", False), ("huge", "judge_timeout_s=0.2: no end of", True),
+    ("422", "judge_url=http", False), ("huge", "judge_timeout_s=5.0: no end of", True),
     ("redirect:/elsewhere", "judge_url=http", True), ("204", "judge_url=http", True),
     ("reply:{", "judge_url=http", True), ("reply:[]", "judge_url=http", True),
     ("reply:YES", "judge_url=http", True), ('reply:{"choices": []}', "judge_url=http", True),
@@ -160,42 +161,40 @@ FAILURES = [
     ("say:YESNO", "judge_model=a-judge", True), ("say:Y", "judge_model=a-judge", True)]
 
 
-SLOW = ("hang", "trickle")  # the timeout is longer than the patience: there is no time to try again
+SLOW = ("hang", "trickle")
 
 
 @pytest.mark.parametrize("what,said,again", FAILURES, ids=[f[0][:30] for f in FAILURES])
 def test_a_failure_leaves_the_response_unscored(what, said, again):
     """Never 0, no exception; what needs no judge is scored; the reason is kept for the trainer."""
     with judge() as server:
-        scorer = load(server, judge_timeout_s=0.2, judge_patience_s=0.15)
+        scorer = load(server, judge_timeout_s=0.2 if what in SLOW else 5.0, judge_patience_s=0.1)
         assert scorer.judge.last_failure == ""
         server.script = always(what)
         start = time.monotonic()
         unscored, right, wrong = reward.score(scorer, "", X, [say("ribs"), say("left lung"), ""])
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 3
         assert unscored == {"judge": None, "embed": 0, "modality": 1, "format": 1, "overall": None}
         assert right["overall"] == 1 and wrong["overall"] == 0
-        assert len(server.requests) == 1 + (again and what not in SLOW)
         assert {(r.path, r.answer) for r in server.requests} == {("/v1/chat/completions", "ribs")}
-        assert scorer.judge.last_failure.startswith(said) and "\n" not in scorer.judge.last_failure
-        assert len(scorer.judge.last_failure) < 400
+        failure = scorer.judge.last_failure
+        assert failure.startswith(said) and "\n" not in failure and len(failure) < 400
 
 
-def test_every_kind_of_failure_is_mended_by_another_try():
-    kinds = [what for what, _, again in FAILURES if again]
-    seen = {}
+def test_what_another_try_mends_and_what_it_does_not():
+    """All kinds of failure at once, each for the first request about an answer only."""
+    seen = dict.fromkeys((str(i) for i in range(len(FAILURES))), 0)
 
     def fail_once(request):
-        seen[request.answer] = seen.get(request.answer, 0) + 1
-        return kinds[int(request.answer)] if seen[request.answer] == 1 else "ok"
+        seen[request.answer] += 1
+        return FAILURES[int(request.answer)][0] if seen[request.answer] == 1 else "ok"
     with judge() as server:
-        scorer = load(server, judge_concurrency=len(kinds), judge_timeout_s=1.0,
-                      judge_patience_s=20)
+        scorer = load(server, judge_concurrency=len(seen), judge_timeout_s=1.0, judge_patience_s=20)
         server.rule = lambda q, t, a: "YES" if int(a) % 2 else "NO"
         server.script = fail_once
-        answers = [str(i) for i in range(len(kinds))]
-        assert verdicts(scorer, answers) == [float(i % 2) for i in range(len(kinds))]
-        assert seen == dict.fromkeys(answers, 2)
+        assert verdicts(scorer, seen) == [
+            float(i % 2) if again else None for i, (_, _, again) in enumerate(FAILURES)]
+        assert [count > 1 for count in seen.values()] == [again for _, _, again in FAILURES]
 
 
 def test_back_off():
@@ -206,7 +205,8 @@ def test_back_off():
         assert verdicts(scorer, ["ribs"]) == [None]
         times = [r.time for r in server.requests]
         waits = [b - a for a, b in itertools.pairwise(times)]
-        assert waits == [pytest.approx(wait, abs=0.25) for wait in (0.5, 1, 0.7)]
+        assert len(waits) == 3 and 0.45 < waits[0] < 0.9 and 0.95 < waits[1] < 1.4
+        assert 2.15 < sum(waits) < 2.6
 
 
 @pytest.mark.parametrize("wish,patience,wait", [
@@ -219,7 +219,7 @@ def test_retry_after(wish, patience, wait):
         server.script = iter([f"429:{wish}"])
         assert verdicts(scorer, ["ribs"]) == [0]
         first, second = server.requests
-        assert second.time - first.time == pytest.approx(wait, abs=0.25)
+        assert wait - 0.05 < second.time - first.time < wait + 1
 
 
 def test_a_judge_that_dies_in_the_run():
@@ -251,13 +251,13 @@ def test_a_dead_judge_is_not_waited_for_by_each_of_a_long_queue(what):
         server.script = always(what)
         start = time.monotonic()
         assert verdicts(scorer, [str(i) for i in range(100)]) == [None] * 100
-        assert time.monotonic() - start < 3  # one by one it would be 50 * 0.6 s
+        assert time.monotonic() - start < 6  # one by one it would be 50 * 0.6 s
 
 
 def test_a_slow_judge_with_a_long_queue_is_not_dead():
     """Each request has its own patience, from when it is made: 15 * 0.1 s in all against 0.6 s."""
     with judge() as server:
-        scorer = load(server, judge_concurrency=1, judge_timeout_s=0.5, judge_patience_s=0.6)
+        scorer = load(server, judge_concurrency=1, judge_timeout_s=2.0, judge_patience_s=0.6)
         server.delay = 0.1
         server.script = lambda r: "500" if r.answer == "14" and len(server.requests) == 15 else "ok"
         assert verdicts(scorer, [str(i) for i in range(15)]) == [0] * 15
@@ -296,14 +296,14 @@ def test_only_what_failed_is_asked_again():
 def test_start_does_not_wait():
     with judge() as server:
         scorer = load(server)
-        server.delay = 0.5
+        server.delay = 1.0
         begin = time.monotonic()
         job = reward.start(scorer, "", X, [say("ribs")])
-        assert time.monotonic() - begin < 0.2
-        time.sleep(0.25)
-        assert len(server.requests) == 1  # it is asked while the caller does something else
+        assert time.monotonic() - begin < 0.5
+        while not server.requests:  # it is asked while the caller does something else
+            assert time.monotonic() - begin < 1
         assert reward.finish(scorer, [job])[0][0]["judge"] == 0
-        assert 0.5 <= time.monotonic() - begin < 1
+        assert 1 <= time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize("concurrency,world,at_once", [(4, 1, 4), (6, 2, 3), (5, 2, 2), (3, 8, 1)])
@@ -423,13 +423,13 @@ def test_judge_check_refuses_a_judge_that_knows_nothing(rule, pairs):
     ("html", "judge_url=http", "<html>"), ("reply:{", "judge_url=http", "no chat completion"),
     ("hang", "judge_timeout_s=0.3: timed out", "raise"), ("redirect:/x", "judge_url=http", "307"),
     ("500", "judge_url=http", "HTTP 500"), ("say:Maybe", "judge_model=a-judge: Maybe", "another"),
-    ("trickle", "judge_timeout_s=0.3", "raise"), ("huge", "judge_timeout_s=0.3", "raise")])
+    ("trickle", "judge_timeout_s=0.3", "raise"), ("huge", "judge_timeout_s=5.0", "raise")])
 def test_what_waiting_does_not_mend_stops_at_once(what, said, advice):
     with judge() as server:
         server.script = always(what)
         start = time.monotonic()
-        message = refusal(server, judge_timeout_s=0.3, judge_patience_s=60)
-        assert time.monotonic() - start < 3
+        message = refusal(server, judge_timeout_s=0.3 if what in SLOW else 5.0, judge_patience_s=60)
+        assert time.monotonic() - start < 4
         assert message.startswith(said) and advice in message
         assert len(server.requests) == 1
 

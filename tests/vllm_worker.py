@@ -58,10 +58,6 @@ def ids(asked):
     return [[r["ids"] for r in g["responses"]] for g in asked]
 
 
-def without(model, *names):
-    return ((n, w) for n, w in policy.named_weights(model) if n not in names)
-
-
 def send(engine, weights):
     """sync(), and what the CPU build forgets: it packs experts for its kernels only when they are
     loaded first, so that a reload leaves them unpacked (kernels of GPUs take them as they are)."""
@@ -77,9 +73,6 @@ def check_gap(model, engine, prompts):
     send(engine, policy.named_weights(model))
     first = ask(engine, prompts)  # fills every cache with what the old weights made
     result = {"before": gap(model, engine, first)}
-    update(model, engine, prompts, first)
-    send(engine, without(model, "lm_head.weight"))
-    result["head not sent"] = gap(model, engine, ask(engine, prompts))
     update(model, engine, prompts, first)
     result["not sent"] = gap(model, engine, ask(engine, prompts))
     send(engine, policy.named_weights(model))
