@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from judge_server import judge
 from ranks import ROOT, torchrun
 from safetensors.torch import load_file
 
@@ -131,36 +132,29 @@ def test_rollouts_say_what_the_metrics_average(unbroken):
         assert advantages == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path):
-    """SIGKILL of every process after step 3 has been saved, then the same command again."""
-    whole, data, _ = unbroken
-    command = arguments(start, tmp_path / "run", train_data=data, keep_checkpoints=9)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run_and_kill(command, saved, env=None):
+    """Two ranks, killed with SIGKILL, torchrun included, as soon as a checkpoint is there."""
+    launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-            *map(str, command),
-        ],
+        [sys.executable, *launch, "--rdzv_endpoint", "localhost:0", *map(str, command)],
         cwd=ROOT,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    saved = tmp_path / "run/checkpoints/step_000003"
     deadline = time.time() + 300
     while not saved.exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
-    subprocess.run(["pkill", "-KILL", "-f", tmp_path / "run"], check=True)  # torchrun and its ranks
+    subprocess.run(["pkill", "-KILL", "-f", saved.parent.parent], check=True)
     process.wait()
+
+
+def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path):
+    """SIGKILL of every process after step 3 has been saved, then the same command again."""
+    whole, data, _ = unbroken
+    command = arguments(start, tmp_path / "run", train_data=data, keep_checkpoints=9)
+    run_and_kill(command, tmp_path / "run/checkpoints/step_000003")
     assert not (tmp_path / "run/checkpoints/step_000006").exists(), "it was killed too late"
     with open(tmp_path / "run/metrics.jsonl", "a") as f:
         f.write('{"step": 4, "rew')  # what a kill within a write leaves
@@ -309,6 +303,36 @@ def test_rows_whose_pixels_fail_are_named_and_left_out(start, tmp_path):
         1, *arguments(start, tmp_path / "stop", **settings | {"max_bad_rows": 0.1}), check=False
     )
     assert run.returncode and "2 of 12 rows are bad, max_bad_rows=0.1" in run.stderr
+
+
+def test_a_judge_that_dies_stops_the_run_saved_and_it_goes_on(start, tmp_path):
+    """The judge answers NO until step 2 is logged, then fails: step 3 is dropped, step 2 saved, and
+    with a judge again the run ends as one whose judge is the exact match, which says NO as well."""
+    settings = dict(train_data=small_data(start, tmp_path, 10), steps=4, save_every=9)
+    settings |= dict(validate_every=9, judge_check=False, max_unscored=0.05)
+    torchrun(1, *arguments(start, tmp_path / "whole", **settings))
+
+    def fails_after_step_2(_):
+        file = tmp_path / "run/metrics.jsonl"
+        return "500" if file.exists() and '"step": 2' in file.read_text() else "ok"
+
+    with judge(rule=lambda *_: "NO") as server:
+        settings |= dict(judge="http", judge_url=server.url, judge_patience_s=0.5)
+        server.script = fails_after_step_2
+        run = torchrun(1, *arguments(start, tmp_path / "run", **settings), check=False)
+        assert run.returncode
+        [line] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
+        assert "of the responses have no verdict, above max_unscored" in line
+        assert "HTTP 500" in line and server.url in line
+        assert [*metrics(tmp_path / "run")] == [0, 1, 2]
+        assert os.readlink(tmp_path / "run/checkpoints/latest") == "step_000002"
+        server.script = lambda _: "ok"
+        run = torchrun(1, *arguments(start, tmp_path / "run", **settings))
+        assert "after step 2" in run.stdout
+        assert server.requests, "nobody was asked"
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    ours, theirs = tensors(tmp_path / "run", 4), tensors(tmp_path / "whole", 4)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data, real medical images")
