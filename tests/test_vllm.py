@@ -69,6 +69,7 @@ def test_log_probs_are_the_trainers_after_updates(case, tmp_path):
     found = side_by_side(tmp_path, kind, tied, ranks, "gap")
     assert found["before"] < 1e-4 and found["after"] < 1e-4
     assert found["not sent"] > 1e-1, "this would pass without a sync"
+    assert found["head not sent"] > 1e-2, "this would pass with a stale head"
     assert found["logprob"] < -100, "a policy that is sure of every token shows no gap"
     assert found["repeats"] and found["alone"] and found["seeds"]
     assert found["reasons"] == ["length", "stop"] and found["ends"]
