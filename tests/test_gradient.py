@@ -28,6 +28,8 @@ CASES = {
 CASES |= {
     "plain": {},
     "uneven": SMALL_ROWS,
+    "not capped": {"old": "noise"},
+    "capped": {"old": "noise", "engine_is_cap": 0.5},
     "no image on rank 1": {"text_ranks": [1]},
     "first update": {"old": "pass", "clip_ratio_low": 0.0, "clip_ratio_high": 0.0, "kl_coef": 0.01},
 }
@@ -84,6 +86,17 @@ def test_first_ratio_is_exactly_one(results, ranks):
     sums = results[ranks]["first update"]["sums"]
     assert sums["clip_frac/low"] == sums["clip_frac/high"] == 0
     assert sums["loss/kl"] == 0  # and the reference is the same model
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_engine_is_cap_weighs_tokens(results, ranks):
+    """There the old log-probs are the engine's: the ratio is 1, and every token weighs the cap."""
+    capped, whole = results[ranks]["capped"], results[ranks]["not capped"]
+    for name, gradient in whole["gradient"].items():
+        torch.testing.assert_close(capped["gradient"][name], 0.5 * gradient)
+    assert capped["sums"]["clip_frac/engine_is"] == capped["sums"]["tokens"] > 0
+    assert capped["sums"]["loss/policy"] == pytest.approx(0.5 * whole["sums"]["loss/policy"])
+    assert "clip_frac/engine_is" not in whole["sums"]
 
 
 def test_uneven_work_does_not_hang(results):

@@ -105,3 +105,45 @@ def test_validation_rows_that_are_trained_on_are_said(run, capsys):
     run.val = SimpleNamespace(**{**vars(run.val), "hashes": ["another"]})
     train_grpo.print_arithmetic(run)
     assert "warning" not in capsys.readouterr().out
+
+
+def gap_run(tmp_path, monkeypatch, **settings):
+    saved = []
+    monkeypatch.setattr(train_grpo, "save", lambda run: saved.append(run.state["step"]))
+    cfg = SimpleNamespace(**{**train_grpo.defaults, "dtype": "float32", **settings})
+    return saved, SimpleNamespace(cfg=cfg, rank=0, gaps_over=0, saved=4, state={"step": 5})
+
+
+def update_with(gap, weight=1.0):
+    mask = torch.tensor([[True, True], [True, False]])
+    row = {"logprobs": torch.zeros(2, 2), "old_logprobs": torch.full((2, 2), gap), "mask": mask}
+    idle = row | {"weight": 0.0, "old_logprobs": torch.full((2, 2), 9.0)}
+    return [SimpleNamespace(rows=[row | {"weight": weight}, idle])]
+
+
+def test_a_gap_over_the_limit_stops_in_the_third_step_in_a_row(
+        tmp_path, monkeypatch, capsys, process_group):
+    saved, run = gap_run(tmp_path, monkeypatch)
+    assert train_grpo.check_gap(run, update_with(1e-4)) == pytest.approx(
+        {"engine_gap/mean": 1e-4, "engine_gap/max": 1e-4})
+    assert not capsys.readouterr().out
+    train_grpo.check_gap(run, update_with(-5e-4))
+    assert "warning: engine and trainer differ by 0.0005" in capsys.readouterr().out
+    for _ in range(2):
+        train_grpo.check_gap(run, update_with(2e-3))
+    train_grpo.check_gap(run, update_with(1e-4))  # healthy again: counted anew
+    for _ in range(2):
+        train_grpo.check_gap(run, update_with(float("nan")))
+    with pytest.raises(SystemExit, match=r"error: engine and trainer differ by 0.002"):
+        train_grpo.check_gap(run, update_with(2e-3))
+    assert saved == [5]
+
+
+def test_a_run_s_first_gap_decides_at_once(tmp_path, monkeypatch, process_group):
+    saved, run = gap_run(tmp_path, monkeypatch, max_engine_gap=0.5)
+    run.gaps_over, run.saved = 2, 5
+    train_grpo.check_gap(run, update_with(0.4))
+    run.gaps_over = 2
+    with pytest.raises(SystemExit, match=r"max_engine_gap is 0.5"):
+        train_grpo.check_gap(run, update_with(0.6))
+    assert saved == [], "what is saved already was saved again"
