@@ -104,9 +104,9 @@ def set_up(cfg):
     run.dashboard = run.rank == 0 and common.dashboard(cfg)
     run.model = policy.load(cfg, run.device)
     run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
-    share = sum(p.numel() for p in run.model.parameters()) / run.world / 1e9
-    if run.rank == 0:  # fp32: weights and AdamW's two moments, then gradients
-        print(f"GB per GPU: {12 * share:.3g} at rest, {16 * share:.3g} + activations in an update")
+    b, n = 12 + 2 * bool(cfg.kl_coef), sum(p.numel() for p in run.model.parameters()) / run.world
+    if run.rank == 0:  # bytes: fp32 weights and moments, a bf16 reference; an update adds gradients
+        print(f"GB per GPU: {b * n / 1e9:.3g} at rest, {(b + 4) * n / 1e9:.3g} in updates")
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
     patches = partial(data.patches, processor=run.processor, device=run.device)
     run.engine = rollout.load(cfg, run.device, patches)
