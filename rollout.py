@@ -1,6 +1,7 @@
 """Sampling responses: by vLLM in this process or by "torch", a plain unsharded copy of the model
 for CPUs and for teaching. sync() fills an engine with the trainer's weights; generate() asks it."""
 
+import itertools
 import os
 from types import SimpleNamespace
 
@@ -104,46 +105,53 @@ def sleep(engine):
         engine.version = None
 
 def generate(engine, prompts, **sampling):
-    """Yield (index of the prompt, responses) as soon as the prompt's last response is done.
+    """Yield (prompt, its responses) as soon as the last of these is done.
 
-    prompts: dicts with row, ids (images expanded), images ((h, w, 3) uint8 arrays), grid (their
-    (1, h, w) in patches) and seed. sampling: group_size, temperature (0: greedy), max_tokens and
-    top_p. Response i draws from generator(seed + i), whatever else is in the batch. responses:
-    dicts of ids, logprobs (of the distribution sampled from: at this temperature, or 1 if greedy,
-    banned ids excluded) and finish_reason ("stop", its stop id included, or "length")."""
-    if prompts:
-        yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
+    prompts: an iterable, read while the engine works, of dicts with row, ids (images expanded),
+    images ((h, w, 3) uint8 arrays), grid (their (1, h, w) in patches) and seed. sampling:
+    group_size, temperature (0: greedy), max_tokens and top_p. Response i draws from generator(seed
+    + i), whatever else is in the batch. responses: dicts of ids, logprobs (of the distribution
+    sampled from: at this temperature, or 1 if greedy, banned ids excluded) and finish_reason
+    ("stop", its stop id included, or "length")."""
+    yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
 
 def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
-    """All prompts at once, so that the batch refills itself as responses end."""
+    """One pool, which refills itself as responses end. A few prompts join before each engine step,
+    always at the same one: what is computed together depends on no clock."""
     from vllm import SamplingParams
 
-    requests, params = [], []
-    for prompt in prompts:  # vLLM expands an image's first pad itself: the others are left out
-        ids = [t for last, t in zip([None, *prompt["ids"]], prompt["ids"])
-               if not t == last == engine.image_id]
-        images = [Image.fromarray(image) for image in prompt["images"]]
-        requests.append({"prompt_token_ids": ids, "multi_modal_data": {"image": images}})
-        params.append(SamplingParams(
-            n=group_size, seed=prompt["seed"], temperature=temperature, top_p=top_p,
-            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(engine.stop_ids),
-            logit_bias=dict.fromkeys(engine.banned, -100.0), logprobs=0, detokenize=False))
-    names = engine.llm.enqueue(requests, params, use_tqdm=False)
-    index = {name.split("-")[0]: i for i, name in enumerate(names)}
-    while engine.llm.llm_engine.has_unfinished_requests():
-        for out in engine.llm.llm_engine.step():
-            i = index[out.request_id]
-            if out.prompt_token_ids != prompts[i]["ids"]:
+    prompts, asked, vllm = iter(prompts), {}, engine.llm.llm_engine
+    while True:
+        for prompt in itertools.islice(prompts, 8):
+            # vLLM expands an image's first pad itself: the others are left out
+            ids = [t for last, t in zip([None, *prompt["ids"]], prompt["ids"])
+                   if not t == last == engine.image_id]
+            images = [Image.fromarray(image) for image in prompt["images"]]
+            params = SamplingParams(
+                n=group_size, seed=prompt["seed"], temperature=temperature, top_p=top_p,
+                max_tokens=max_tokens, ignore_eos=True, stop_token_ids=sorted(engine.stop_ids),
+                logit_bias=dict.fromkeys(engine.banned, -100.0), logprobs=0, detokenize=False)
+            request = {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
+            name, = engine.llm.enqueue([request], [params], use_tqdm=False)
+            asked[name.split("-")[0]] = prompt
+        if not vllm.has_unfinished_requests():
+            return
+        for out in vllm.step():
+            prompt = asked.pop(out.request_id)
+            if out.prompt_token_ids != prompt["ids"]:
                 raise RuntimeError(
-                    f"row {prompts[i]['row']}: vLLM made {len(out.prompt_token_ids)} tokens of its "
-                    f"prompt, the trainer {len(prompts[i]['ids'])}: engine_args or the model's "
+                    f"row {prompt['row']}: vLLM made {len(out.prompt_token_ids)} tokens of its "
+                    f"prompt, the trainer {len(prompt['ids'])}: engine_args or the model's "
                     "preprocessor_config.json change the size of images")
-            yield i, [{"ids": list(c.token_ids), "finish_reason": c.finish_reason, "logprobs": [
-                step[t].logprob for t, step in zip(c.token_ids, c.logprobs)]} for c in out.outputs]
+            yield prompt, [{"ids": list(c.token_ids), "finish_reason": c.finish_reason, "logprobs":
+                            [step[t].logprob for t, step in zip(c.token_ids, c.logprobs)]}
+                           for c in out.outputs]
 
 @torch.no_grad()
 def _decode(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
     """All prompts at once, until the last of the B responses is done."""
+    if not (prompts := list(prompts)):
+        return
     cache, mask, position, logits = _prefill(engine, prompts, group_size)
     generators = [torch.Generator().manual_seed(p["seed"] + i) for p in prompts
                   for i in range(group_size)]
@@ -163,7 +171,7 @@ def _decode(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
                 response["finish_reason"] = "stop" if token in engine.stop_ids else "length"
                 unfinished[group] -= 1
                 if not unfinished[group]:
-                    yield group, responses[group * group_size : (group + 1) * group_size]
+                    yield prompts[group], responses[group * group_size : (group + 1) * group_size]
         if not any(unfinished):
             return
         mask = pad(mask, (0, 1), value=1)
