@@ -9,6 +9,7 @@ import json
 import math
 import os
 import runpy
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,12 @@ FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints lo
     judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
     engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
     activation_checkpointing""".split())
+CHOICES = dict(
+    loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("vllm", "torch"),
+    dtype=("bfloat16", "float32"), log=("", "wandb"), keep=("correctness", "reward", "medix"))
+POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
+            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints",
+            "tensor_parallel", "judge_concurrency", "judge_timeout_s", "max_rounds")
 
 def load_config(defaults, argv):
     """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
@@ -49,6 +56,34 @@ def load_config(defaults, argv):
                 raise ValueError(f"{arg}: {name} must be of type {want.__name__}, like "
                                  f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
     return SimpleNamespace(**config)
+
+def check(cfg, world):
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    c, longest = cfg, cfg.max_prompt_tokens + cfg.max_response_tokens
+    rules = {
+        **{f"{k}={getattr(c, k)!r} must be one of {v}": getattr(c, k) in v
+           for k, v in CHOICES.items() if k in vars(c)},
+        **{f"{k} is not set: add it to the config, or --{k}=": getattr(c, k)
+           for k in ("model", "train_data", "val_data")},
+        **{f"{k}={v} must be above 0": v > 0 for k, v in vars(c).items() if k in POSITIVE},
+        **{f"{k}={v} must not be below 0": v >= 0 for k, v in vars(c).items()
+           if type(v) in (int, float)},
+        "steps and epochs are 0: set one of them above 0": c.steps > 0 or c.epochs > 0,
+        f"group_size={c.group_size} must be at least 2 to compare responses": c.group_size > 1,
+        f"prompts_per_step={c.prompts_per_step} must be at least the number of ranks, {world}":
+            c.prompts_per_step >= world,
+        f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
+        f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
+        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}":
+            world % max(c.tensor_parallel, 1) == 0,
+        f'tensor_parallel={c.tensor_parallel} needs engine="vllm"':
+            c.tensor_parallel == 1 or c.engine == "vllm",
+        "overlong_buffer_tokens must not be above max_response_tokens":
+            getattr(c, "overlong_buffer_tokens", 0) <= c.max_response_tokens,
+        f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
+        f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
+    if broken := [message for message, kept in rules.items() if not kept]:
+        raise ValueError(broken[0])
 
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
@@ -78,11 +113,6 @@ def total(numbers):
     everyone = gather(numbers)
     return {k: float(sum(rank[k] for rank in everyone)) for k in numbers}
 
-def means(lists):
-    """A dict of lists of numbers -> their means over all ranks; an empty list has none."""
-    sums, counts = (total({k: f(v) for k, v in lists.items()}) for f in (sum, len))
-    return {k: sums[k] / counts[k] for k in lists if counts[k]}
-
 def seed_of(*parts):
     """A 48-bit seed that depends on the parts only: randomness has no state to save."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest())
@@ -99,7 +129,8 @@ def timed(times, name):
 def open_run(config, train_rows):
     """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
     `latest` checkpoint, which is returned (or None). ValueError: settings changed that may not."""
-    out, config = Path(config.out_dir), {**vars(config), "train_rows": train_rows, "changes": []}
+    out, script = Path(config.out_dir), Path(sys.argv[0]).name
+    config = {**vars(config), "script": script, "train_rows": train_rows, "changes": []}
     latest, step = (out / "checkpoints/latest").resolve(), -1
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
     if latest.exists():
@@ -125,6 +156,39 @@ def write_lines(path, records, mode="w"):
             f.write(json.dumps(record | dict.fromkeys(bad)) + "\n")
         f.flush()
         os.fsync(f.fileno())
+
+def write_groups(out_dir, name, step, groups):
+    """For rank 0: groups -> out_dir/rollouts/NAME_STEP.jsonl, without what only tensors need."""
+    records = [{"slot": g["slot"], "step": step, "row": g["row"], "prompt": g["problem"],
+                "solution": g["solution"], "responses": [
+                    {"tokens": len(r["ids"])} | {k: r[k] for k in r if k not in ("ids", "logprobs")}
+                    for r in g["responses"]]} for g in groups]
+    if dist.get_rank() == 0:
+        write_lines(f"{out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
+
+def response_metrics(groups):
+    """reward/*, response_tokens/* and prompt_tokens/mean: means over the responses."""
+    responses = [r for g in groups for r in g["responses"]]
+    scored = [r["parts"] for r in responses if r["parts"]["overall"] is not None]
+    lengths = [len(r["ids"]) for r in responses]
+    lists = {
+        **{f"reward/{name}": [p[name] for p in scored] for name in (scored[0] if scored else ())},
+        "reward/unscored": [r["parts"]["overall"] is None for r in responses],
+        "response_tokens/mean": lengths, "prompt_tokens/mean": [len(g["ids"]) for g in groups],
+        "response_tokens/truncated": [r["finish_reason"] == "length" for r in responses]}
+    return {name: sum(values) / len(values) for name, values in lists.items()} | {
+        "response_tokens/max": max(lengths)}
+
+def group_metrics(groups):
+    """groups/*: how many, and of those that every response was scored in, what they can teach."""
+    scored = [g for g in groups if g["scored"]]
+    judged = [[r["parts"]["judge"] for r in g["responses"]] for g in scored]
+    return {
+        "groups/sampled": len(groups), "groups/kept": sum(g["kept"] for g in groups),
+        "groups/unscored": len(groups) - len(scored),
+        "groups/zero_std": sum(not any(r["advantage"] for r in g["responses"]) for g in scored),
+        "groups/all_right": sum(min(j) == 1 for j in judged),
+        "groups/all_wrong": sum(max(j) == 0 for j in judged)}
 
 def dashboard(config):
     """A function of (metrics, step=): wandb's, if config.log says so; a restart continues there."""

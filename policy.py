@@ -56,11 +56,11 @@ def load(cfg, device, trainable=True):
         dist.broadcast(buffer.copy_(buffers.get(name, buffer)), 0)
     return model
 
-def build_rows(model, groups, tokens_per_row, spare=None):
+def build_rows(model, groups, tokens_per_row):
     """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first.
     groups: dicts of ids (L), images ((h, w, 3) uint8), grid ((1, h, w) in patches) and responses
     (dicts of ids, logprobs, advantage; what does not fit goes into a row that repeats the prompt).
-    spare: a group to fill up with, at weight 0, so that all ranks have as many rows."""
+    All ranks get as many rows: rows of weight 0 are added where there are fewer."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
         for i, response in enumerate(group["responses"]):
@@ -75,11 +75,9 @@ def build_rows(model, groups, tokens_per_row, spare=None):
                              f"tokens_per_micro_batch = {tokens_per_row}: raise it")
         next(r for r in rows if sum(p[0] for p in r) + piece[0] <= tokens_per_row).append(piece)
     rows = [_tensors(model, row) for row in rows if row]
-    if spare:
-        dist.all_reduce(count := torch.tensor(len(rows)), dist.ReduceOp.MAX)
-        idle = _tensors(model, [(0, spare, spare["responses"][:1])]) | {"weight": 0.0}
-        rows += [idle] * (int(count) - len(rows))
-    return rows
+    dist.all_reduce(count := torch.tensor(len(rows)), dist.ReduceOp.MAX)
+    idle = {"ids": [0], "images": [], "grid": []}, [{"ids": [0], "logprobs": [0.0], "advantage": 0}]
+    return rows + [_tensors(model, [(0, *idle)]) | {"weight": 0.0}] * (int(count) - len(rows))
 
 def _tensors(model, pieces):
     """A row: input_ids (1, T), position_ids (4, 1, T), text positions, then mRoPE; segments

@@ -6,6 +6,7 @@ each group -> packed rows -> updates. main() at the end is that loop."""
 import os
 import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -46,44 +47,13 @@ defaults = dict(
     weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
     validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="",  # or "wandb"
 )
-CHOICES = dict(
-    loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("vllm", "torch"),
-    dtype=("bfloat16", "float32"), log=("", "wandb"))
-POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
-            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints",
-            "tensor_parallel", "judge_concurrency", "judge_timeout_s")
-
-def check(cfg, world):
-    """Raise ValueError for settings that cannot work, before anything is loaded."""
-    c, longest = cfg, cfg.max_prompt_tokens + cfg.max_response_tokens
-    rules = {
-        **{f"{k}={getattr(c, k)!r} must be one of {v}": getattr(c, k) in v
-           for k, v in CHOICES.items()},
-        **{f"{k} is not set: add it to the config, or --{k}=": getattr(c, k)
-           for k in ("model", "train_data", "val_data")},
-        **{f"{k}={getattr(c, k)} must be above 0": getattr(c, k) > 0 for k in POSITIVE},
-        **{f"{k}={v} must not be below 0": v >= 0 for k, v in vars(c).items()
-           if type(v) in (int, float)},
-        "steps and epochs are 0: set one of them above 0": c.steps > 0 or c.epochs > 0,
-        f"group_size={c.group_size} must be at least 2 to compare responses": c.group_size > 1,
-        f"prompts_per_step={c.prompts_per_step} must be at least the number of ranks, {world}":
-            c.prompts_per_step >= world,
-        f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
-        f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
-        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}":
-            world % max(c.tensor_parallel, 1) == 0,
-        f'tensor_parallel={c.tensor_parallel} needs engine="vllm"':
-            c.tensor_parallel == 1 or c.engine == "vllm",
-        f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
-        f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
-    if broken := [message for message, kept in rules.items() if not kept]:
-        raise ValueError(broken[0])
 
 def set_up(cfg):
     """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
-    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    common.check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     cfg.prompt_template = data.read_template(cfg.prompt_template)
     run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2)  # the first gap decides at once
+    run.threads = ThreadPoolExecutor(4)  # for images, while the engine decodes
     run.rank, run.world, run.device = common.start()
     run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
@@ -92,11 +62,6 @@ def set_up(cfg):
         for source in (cfg.train_data, cfg.val_data))
     val_prompts = min(cfg.val_prompts or len(run.val.keep), len(run.val.keep))
     run.val_rows = [run.val.keep[i] for i in data.order(len(run.val.keep), 0, 0, val_prompts)]
-    # Rank slot % world scores and trains a slot's group; an engine samples those of its ranks.
-    run.slots, run.val_slots = (
-        [slot for slot in range(count)
-         if slot % run.world // cfg.tensor_parallel == run.rank // cfg.tensor_parallel]
-        for count in (cfg.prompts_per_step, val_prompts))
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     if run.rank == 0:
         print_arithmetic(run)
@@ -112,7 +77,7 @@ def set_up(cfg):
     run.engine = rollout.load(cfg, run.device, patches)
     run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None}
     if latest:
-        run.state = policy.load_checkpoint(latest, run.model, run.optimizer)
+        run.state |= policy.load_checkpoint(latest, run.model, run.optimizer)
     run.saved = run.state["step"]
     return run
 
@@ -131,31 +96,48 @@ def print_arithmetic(run):
     print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
           f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
 
-def read_prompts(run, split, rows, slots, *key):
-    """The prompts of some slots of a list of rows; a row that comes twice is two draws."""
-    return [data.prompt(split, rows[slot]) | {"slot": slot, "seed": common.seed_of(
-        run.cfg.seed, *key, rows[slot], rows[:slot].count(rows[slot]))} for slot in slots]
-
-def sample(run, prompts, **sampling):
-    """This rank's groups: prompts with "responses", dicts of ids, logprobs, finish_reason, text
-    and parts. The judge reads a group as soon as it is done, while others still decode."""
+def sample(run, split, rows, key, first=0, **sampling):
+    """Groups for rows[first:] from all ranks, in this order: prompts, less their images, with
+    "responses": dicts of ids, logprobs, finish_reason, text and parts. One pool: images are read
+    and the judge reads what is done while others still decode; no result depends on who is fast."""
     if run.engine.version != run.state["updates"]:
         with common.timed(run.times, "sync"):
             rollout.sync(run.engine, policy.named_weights(run.model))
         run.engine.version = run.state["updates"]
+
+    def read(slot):  # a row that comes twice is two draws
+        return data.prompt(split, rows[slot]) | {"slot": slot, "seed": common.seed_of(
+            run.cfg.seed, key, rows[slot], rows[:slot].count(rows[slot]))}
+
+    # Rank slot % world scores a slot's group; an engine samples those of its ranks.
+    engine, size = run.rank // run.cfg.tensor_parallel, run.cfg.tensor_parallel
+    slots = [s for s in range(first, len(rows)) if s % run.world // size == engine]
     groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
     with common.timed(run.times, "rollout"):
-        for i, responses in rollout.generate(run.engine, prompts, **sampling):
-            if (prompt := prompts[i])["slot"] % run.world == run.rank:
+        prompts = run.threads.map(read, slots)
+        for prompt, responses in rollout.generate(run.engine, prompts, **sampling):
+            if prompt["slot"] % run.world == run.rank:
                 ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
                 texts = run.processor.tokenizer.batch_decode(ids)
                 jobs.append(reward.start(run.scorer, prompt["problem"], prompt["solution"], texts))
-                groups.append(prompt | {"responses": responses, "texts": texts})
+                groups.append(prompt | {"images": None, "responses": [
+                    r | {"text": text} for r, text in zip(responses, texts)]})
     with common.timed(run.times, "reward_wait"):
         for group, scores in zip(groups, reward.finish(run.scorer, jobs)):
-            group["responses"] = [r | {"text": text, "parts": parts} for r, text, parts in zip(
-                group["responses"], group["texts"], scores)]
+            for response, parts in zip(group["responses"], scores):
+                response["parts"] = parts
+        groups = sum(common.gather(groups), [])
     return sorted(groups, key=lambda group: group["slot"])
+
+def collect(run, step):
+    """The groups of a step, with advantages."""
+    cfg, cursor = run.cfg, run.state["cursor"]
+    rows = [run.train.keep[i] for i in data.order(
+        len(run.train.keep), cfg.seed, cursor, cfg.prompts_per_step)]
+    groups = sample(run, run.train, rows, step,
+                    group_size=cfg.group_size, temperature=cfg.temperature)
+    add_advantages(groups)
+    return groups
 
 def add_advantages(groups):
     """Advantages from `overall`, in place; a group with an unscored response has none: dropped."""
@@ -168,38 +150,27 @@ def add_advantages(groups):
         for r, advantage in zip(group["responses"], advantages.tolist()):
             r["advantage"] = advantage
 
-def response_metrics(groups):
-    """reward/*, response_tokens/* and prompt_tokens/mean: means over the responses of all ranks."""
-    responses = [r for g in groups for r in g["responses"]]
-    scored = [r["parts"] for r in responses if r["parts"]["overall"] is not None]
-    lengths = [len(r["ids"]) for r in responses]
-    return common.means({
-        **{f"reward/{name}": [parts[name] for parts in scored]
-           for name in ("overall", "judge", "embed", "modality", "format")},
-        "reward/unscored": [r["parts"]["overall"] is None for r in responses],
-        "response_tokens/mean": lengths, "prompt_tokens/mean": [len(g["ids"]) for g in groups],
-        "response_tokens/truncated": [r["finish_reason"] == "length" for r in responses],
-    }) | {"response_tokens/max": max(common.gather(max(lengths, default=0)))}
-
-def group_metrics(groups):
-    """groups/*: counts over all ranks."""
-    judged = [[r["parts"]["judge"] for r in g["responses"]] for g in groups if g["scored"]]
-    return common.total({
-        "groups/sampled": len(groups), "groups/kept": sum(g["kept"] for g in groups),
-        "groups/zero_std": sum(g["scored"] and not g["kept"] for g in groups),
-        "groups/all_right": sum(min(j) == 1 for j in judged),
-        "groups/all_wrong": sum(max(j) == 0 for j in judged)})
-
-def plan_update(run, groups, update):
+def plan_update(run, groups):
     """An update's rows on this rank, and its tokens and responses on all ranks. Groups of equal
     rewards teach nothing: without a KL term they skip the forward, but they count."""
-    cfg, prompts = run.cfg, run.cfg.prompts_per_step // run.cfg.updates_per_step
-    scored = [g for g in groups if g["slot"] // prompts == update and g["scored"]]
-    trained = [g for g in scored if g["kept"] or cfg.kl_coef]
-    rows = policy.build_rows(run.model, trained, cfg.tokens_per_micro_batch, spare=groups[0])
+    scored = [g for g in groups if g["scored"]]
+    trained = [g for g in scored if g["kept"] or run.cfg.kl_coef]
     lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
-    return SimpleNamespace(rows=rows, **common.total(
-        {"tokens": sum(lengths), "responses": len(lengths)}))
+    update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
+    work, mine = [0] * run.world, []  # in tokens; the longest group first, to who has the least
+    for group in sorted(trained, key=packed_tokens, reverse=True):
+        rank = work.index(min(work))
+        work[rank] += packed_tokens(group)
+        mine += [group] if rank == run.rank else []
+    if trained:
+        images = run.threads.map(partial(data.prompt, run.train), [g["row"] for g in mine])
+        mine = [g | {"images": prompt["images"]} for g, prompt in zip(mine, images)]
+        update.rows = policy.build_rows(run.model, mine, run.cfg.tokens_per_micro_batch)
+    return update
+
+def packed_tokens(group):
+    """Tokens of a group in a row: its prompt counts once."""
+    return len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
 
 def backward(run, update, row):
     """Add a row's gradient; returns its sums for the log."""
@@ -233,7 +204,8 @@ def check_gap(run, updates):
     """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
     gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
             (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
-    mean, largest = common.means({"": gaps})[""], max(common.gather(max(gaps, default=0.0)))
+    sums = common.total({"gap": sum(gaps), "tokens": len(gaps)})
+    mean, largest = sums["gap"] / sums["tokens"], max(common.gather(max(gaps, default=0.0)))
     limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
     run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
     said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
@@ -258,8 +230,9 @@ def stop(run, why):
 
 def train(run, groups):
     """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""
-    cfg, state = run.cfg, run.state
-    updates = [plan_update(run, groups, u) for u in range(cfg.updates_per_step)]
+    cfg, state, n = run.cfg, run.state, run.cfg.updates_per_step
+    updates = [plan_update(run, groups[len(groups) * u // n : len(groups) * (u + 1) // n])
+               for u in range(n)]
     passes = {"ref_logprobs": run.reference} if cfg.kl_coef else {}
     if cfg.updates_per_step > 1:  # a single update's own log-probs are the old ones
         passes["old_logprobs"] = run.model
@@ -290,25 +263,14 @@ def train(run, groups):
 
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
-    prompts = read_prompts(run, run.val, run.val_rows, run.val_slots, "val")
     metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
     for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
         if name == "val" or temperature:
-            groups = sample(run, prompts, group_size=1, temperature=temperature, top_p=top_p)
-            write_groups(run, name, groups)
-            metrics |= {f"{name}/{k}": v for k, v in response_metrics(groups).items()}
+            groups = sample(run, run.val, run.val_rows, "val",
+                            group_size=1, temperature=temperature, top_p=top_p)
+            common.write_groups(run.cfg.out_dir, name, run.state["step"], groups)
+            metrics |= {f"{name}/{k}": v for k, v in common.response_metrics(groups).items()}
     return metrics
-
-def write_groups(run, name, groups):
-    """All ranks' groups -> rollouts/NAME_STEP.jsonl, in the order of the slots."""
-    step, left_out = run.state["step"], ("ids", "logprobs")
-    records = [{"slot": g["slot"], "step": step, "row": g["row"], "prompt": g["problem"],
-                "solution": g["solution"], "responses": [
-                    {"tokens": len(r["ids"])} | {k: r[k] for k in r if k not in left_out}
-                    for r in g["responses"]]} for g in groups]
-    records = sorted(sum(common.gather(records), []), key=lambda record: record["slot"])
-    if run.rank == 0:
-        common.write_lines(f"{run.cfg.out_dir}/rollouts/{name}_{step:06d}.jsonl", records)
 
 def save(run):
     """A checkpoint of the last finished step; its time is logged with the next one."""
@@ -324,7 +286,7 @@ def finish_step(run, metrics):
     if step:
         tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
         metrics["perf/tokens_per_s_per_gpu"] = (
-            tokens * cfg.prompts_per_step * cfg.group_size / times["step"] / run.world)
+            tokens * metrics["groups/sampled"] * cfg.group_size / times["step"] / run.world)
     due = step > 0 and (step % cfg.save_every == 0 or last)
     if step % cfg.validate_every == 0 or last:
         with common.timed(times, "validate"):
@@ -356,17 +318,13 @@ def main():
         finish_step(run, {})
     for step in range(state["step"] + 1, run.last_step + 1):
         with common.timed(run.times, "step"):
-            rows = [run.train.keep[i] for i in data.order(
-                len(run.train.keep), cfg.seed, state["cursor"], cfg.prompts_per_step)]
-            prompts = read_prompts(run, run.train, rows, run.slots, step)
-            groups = sample(run, prompts, group_size=cfg.group_size, temperature=cfg.temperature)
+            groups = collect(run, step)
             rollout.sleep(run.engine)
-            add_advantages(groups)
-            metrics = response_metrics(groups) | group_metrics(groups)
+            metrics = common.response_metrics(groups) | common.group_metrics(groups)
             check_unscored(run, metrics["reward/unscored"])
             metrics |= train(run, groups)
-        state |= {"step": step, "cursor": state["cursor"] + cfg.prompts_per_step}
-        write_groups(run, "step", groups)
+        state |= {"step": step, "cursor": state["cursor"] + len(groups)}
+        common.write_groups(cfg.out_dir, "step", step, groups)
         finish_step(run, metrics)
     dist.destroy_process_group()
 

@@ -3,12 +3,14 @@
     gradient_worker.py MODEL OUT '[{"loss": "gspo"}, ...]'
 
 One case for each dict of settings. Beside the trainer's own: old ("noise": an old policy that
-differs, "pass": the trainer's own pass before the update), text_ranks (they have no image).
+differs, "pass": the trainer's own pass before the update), one_image (only the longest group,
+which rank 0 trains, has any).
 Saves for each case {"gradient": {name: tensor}, "sums": what the trainer logs, "rows": number}.
 """
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import tiny_models
@@ -21,7 +23,7 @@ import policy
 import train_grpo
 
 
-def make_groups(text_only):
+def make_groups(one_image):
     """Six groups; the fourth has equal rewards. The same on all ranks."""
     processor = tiny_models.processor("qwen3_vl")
     groups = tiny_models.groups(processor) + tiny_models.groups(processor, seed=1)
@@ -30,8 +32,8 @@ def make_groups(text_only):
         for i, r in enumerate(group["responses"]):
             r["logprobs"] = (-4 + 0.1 * torch.randn(len(r["ids"]), generator=generator)).tolist()
             r["advantage"] = 0.0 if slot == 3 else (-1) ** i * (1 + 0.1 * slot + 0.05 * i)
-        group |= {"slot": slot, "scored": True, "kept": slot != 3}
-        if text_only:
+        group |= {"row": slot, "slot": slot, "scored": True, "kept": slot != 3}
+        if one_image and slot:
             group |= {
                 "ids": [i for i in group["ids"] if i not in tiny_models.BANNED],
                 "images": [],
@@ -53,6 +55,8 @@ def gradient(model, reference, rank, world, options):
         times={},
         rank=rank,
         world=world,
+        threads=ThreadPoolExecutor(1),
+        train=make_groups(options.get("one_image")),
         model=model,
         reference=reference,
         engine=SimpleNamespace(
@@ -60,8 +64,7 @@ def gradient(model, reference, rank, world, options):
             patches=lambda images: data.patches(images, tiny_models.processor("qwen3_vl")),
         ),
     )
-    groups = make_groups(text_only=rank in options.get("text_ranks", []))
-    update = train_grpo.plan_update(run, [g for g in groups if g["slot"] % world == rank], 0)
+    update = train_grpo.plan_update(run, [g | {"images": None} for g in run.train])
     for row in update.rows if options.get("old") == "noise" else []:
         row["old_logprobs"] = row["logprobs"]
     passes = {"old_logprobs": model} if options.get("old") == "pass" else {}
@@ -83,6 +86,7 @@ def gradient(model, reference, rank, world, options):
 def main():
     path, out, cases = sys.argv[1:]
     rank, world, device = common.start()
+    data.prompt = lambda groups, slot: groups[slot]  # no file to read images from
     model = policy.load(tiny_models.settings(path), device)
     reference = policy.load(tiny_models.settings(path), device, trainable=False)
     results = [gradient(model, reference, rank, world, case) for case in json.loads(cases)]

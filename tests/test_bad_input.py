@@ -38,7 +38,7 @@ def refusal(start, tmp_path, caches, process_group, monkeypatch):
         pytest.fail("the mistake was not seen before the first step")
 
     monkeypatch.setattr(train_grpo, "finish_step", begun)
-    monkeypatch.setattr(train_grpo, "read_prompts", begun)
+    monkeypatch.setattr(train_grpo, "collect", begun)
 
     def run(*extra, weights=False, **settings):
         def read(*_, **__):
@@ -139,9 +139,9 @@ def test_fewer_prompts_than_ranks(refusal, monkeypatch):
     assert_says(refusal(prompts_per_step=4), "prompts_per_step=4", "number of ranks, 8")
     cfg = common.load_config(train_grpo.defaults, [
         "configs/tiny.py", "--model=m", "--train_data=t", "--val_data=v", "--prompts_per_step=8"])
-    train_grpo.check(cfg, 8)
+    common.check(cfg, 8)
     with pytest.raises(ValueError, match="number of ranks, 9"):
-        train_grpo.check(cfg, 9)
+        common.check(cfg, 9)
 
 
 def test_engine_args_without_vllm(refusal):

@@ -76,7 +76,7 @@ def test_every_phase_fits_the_gpu(recipe):
     fewer = int(number(r"GPU 7 to itself, .* --nproc_per_node (\d)", recipe.header))
     for ranks, judge in ((8, recipe.judge), (fewer, 0)):
         assert ranks % cfg.tensor_parallel == 0
-        train_grpo.check(cfg, ranks)
+        common.check(cfg, ranks)
         rest, update = published_models.memory(recipe.model, cfg, ranks)
         assert rest + recipe.engine + judge + OTHER < 0.95 * gpu
         assert update + recipe.activations + judge + OTHER < 0.95 * gpu

@@ -30,7 +30,7 @@ CASES |= {
     "uneven": SMALL_ROWS,
     "not capped": {"old": "noise"},
     "capped": {"old": "noise", "engine_is_cap": 0.5},
-    "no image on rank 1": {"text_ranks": [1]},
+    "no image on rank 1": {"one_image": True},
     "first update": {"old": "pass", "clip_ratio_low": 0.0, "clip_ratio_high": 0.0, "kl_coef": 0.01},
 }
 

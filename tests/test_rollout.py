@@ -35,8 +35,8 @@ def qwen3(tmp_path_factory, process_group):
 
 def run(engine, prompts, **settings):
     settings = {"group_size": 3, "temperature": 0.9, "max_tokens": 20, **settings}
-    got = dict(rollout.generate(engine, prompts, **settings))
-    return [got[i] for i in range(len(prompts))]
+    got = {p["seed"]: responses for p, responses in rollout.generate(engine, prompts, **settings)}
+    return [got[p["seed"]] for p in prompts]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])

@@ -1,5 +1,6 @@
 """Pieces of a step in train_grpo.py that no whole run shows: unscored, repeated, leaked rows."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ def group(rewards, judge=1.0, tokens=3):
         for r in rewards
     ]
     return {
+        "row": tokens,
         "ids": [1] * 5,
         "responses": [{"ids": [7] * tokens, "parts": p, "finish_reason": "stop"} for p in parts],
     }
@@ -33,15 +35,16 @@ def test_a_group_with_an_unscored_response_is_dropped_not_paid_zero(process_grou
         torch.tensor([r["advantage"] for r in groups[1]["responses"]]),
         torch.tensor([1.0, -1.0, 0.0]),
     )
-    counts = train_grpo.group_metrics(groups)
+    counts = common.group_metrics(groups)
     assert counts == {
         "groups/sampled": 3,
         "groups/kept": 1,
+        "groups/unscored": 1,
         "groups/zero_std": 1,
         "groups/all_right": 1,
         "groups/all_wrong": 1,
     }
-    means = train_grpo.response_metrics(groups)
+    means = common.response_metrics(groups)
     assert means["reward/unscored"] == pytest.approx(1 / 9)
     assert means["reward/overall"] == pytest.approx((1 + 0 + 1 + 0 + 0.5 + 1.5) / 8)
 
@@ -56,14 +59,22 @@ def test_unscored_groups_leave_the_normaliser_and_equal_ones_stay(process_group,
     cfg = SimpleNamespace(
         **{**train_grpo.defaults, "prompts_per_step": 3, "updates_per_step": 1, "kl_coef": 0.0}
     )
-    run = SimpleNamespace(cfg=cfg, model=None)
-    update = train_grpo.plan_update(run, [g | {"slot": s} for s, g in enumerate(groups)], 0)
+    monkeypatch.setattr(train_grpo.data, "prompt", lambda split, row: {"images": [row]})
+    run = SimpleNamespace(
+        cfg=cfg, model=None, rank=0, world=1, train=None, threads=ThreadPoolExecutor(1)
+    )
+    update = train_grpo.plan_update(run, groups)
     assert (update.tokens, update.responses) == (2 * 4 + 2 * 6, 4)
     assert [len(g["responses"][0]["ids"]) for g in packed] == [4]
+    assert packed[0]["images"] == [4], "those of its row"
     packed.clear()
     cfg.kl_coef = 0.01  # the KL term concerns groups of equal rewards, too
-    train_grpo.plan_update(run, [g | {"slot": s} for s, g in enumerate(groups)], 0)
-    assert [len(g["responses"][0]["ids"]) for g in packed] == [4, 6]
+    train_grpo.plan_update(run, groups)
+    assert [len(g["responses"][0]["ids"]) for g in packed] == [6, 4], "the longest first"
+    packed.clear()
+    run.world = 2  # the other rank has the longest
+    assert train_grpo.plan_update(run, groups).tokens == update.tokens
+    assert [len(g["responses"][0]["ids"]) for g in packed] == [6]
 
 
 @pytest.fixture
@@ -85,10 +96,22 @@ def run(start, process_group):
     )
 
 
-def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run):
-    def prompts(step, slots=range(7)):
+def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
+    run.engine, run.threads, run.times = SimpleNamespace(version=0), ThreadPoolExecutor(1), {}
+    run.state, seen = {"updates": 0}, []
+
+    def generate(engine, prompts, **_):  # an engine that takes the prompts and answers none
+        seen.extend(prompts)
+        return iter(())
+
+    monkeypatch.setattr(train_grpo.rollout, "generate", generate)
+    run.scorer = SimpleNamespace(encode=None, cfg=run.cfg)
+
+    def prompts(step, first=0):
         rows = [run.train.keep[i] for i in data.order(3, run.cfg.seed, 0, 7)]
-        return train_grpo.read_prompts(run, run.train, rows, slots, step)
+        seen.clear()
+        train_grpo.sample(run, run.train, rows, step, first)
+        return [{k: p[k] for k in ("slot", "row", "seed", "ids")} for p in seen]
 
     first = prompts(1)
     rows = [p["row"] for p in first]
@@ -96,7 +119,7 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run):
     assert len({p["seed"] for p in first}) == 7
     assert [p["seed"] for p in prompts(1)] == [p["seed"] for p in first]
     assert not {p["seed"] for p in prompts(2)} & {p["seed"] for p in first}
-    assert [p["seed"] for p in prompts(1, [2, 5])] == [first[2]["seed"], first[5]["seed"]]
+    assert prompts(1, first=4) == first[4:], "another round of a step goes on where it ended"
 
 
 def test_validation_rows_that_are_trained_on_are_said(run, capsys):

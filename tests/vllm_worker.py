@@ -23,9 +23,9 @@ TEMPERATURE = 0.9
 
 def ask(engine, prompts, **sampling):
     sampling = {"group_size": 3, "temperature": TEMPERATURE, "max_tokens": 20} | sampling
-    got = dict(rollout.generate(engine, prompts, **sampling))
-    return [prompt | {"responses": [r | {"advantage": 0.0} for r in got[i]]}
-            for i, prompt in enumerate(prompts)]
+    got = {id(p): responses for p, responses in rollout.generate(engine, prompts, **sampling)}
+    return [prompt | {"responses": [r | {"advantage": 0.0} for r in got[id(prompt)]]}
+            for prompt in prompts]
 
 
 def gap(model, engine, asked):

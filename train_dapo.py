@@ -1,0 +1,383 @@
+"""Train a vision-language model on medical image questions with DAPO (arXiv 2503.14476).
+    torchrun --nproc_per_node 2 train_dapo.py configs/tiny.py configs/tiny_dapo.py
+A step: as in train_grpo.py, but it samples until enough groups have something to teach (dynamic
+sampling), clips higher, has no KL term and charges overlong responses. `diff` shows it all."""
+
+import math
+import os
+import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import loss as objective
+import policy
+import reward
+import rollout
+
+defaults = dict(
+    model="",  # folder or hub id of a Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
+    train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
+    prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
+    out_dir="out/dapo", seed=1, steps=0, epochs=2,  # steps = 0: as many as the epochs need
+    prompts_per_step=512, group_size=5, updates_per_step=4,
+    max_prompt_tokens=4352, max_response_tokens=4096, tokens_per_micro_batch=16384,
+    min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
+    max_bad_rows=0.01, val_prompts=0,  # a share of the rows; 0: all of val_data
+    temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
+    learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
+    loss="grpo", loss_mean="token",  # "grpo", "gspo" or "cispo"; mean over "token" or "sequence"
+    clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, kl_coef=0.0,
+    keep="correctness",  # groups of different verdicts; "reward": of different rewards; "medix"
+    max_rounds=4,  # of sampling in a step, while fewer than half of prompts_per_step are kept
+    overlong_buffer_tokens=800, overlong_penalty=0.5,  # over the last 800 tokens, in rewards
+    mask_truncated=False,  # True: tokens of truncated responses are not trained
+    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
+    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5,  # "torch": plain, for CPUs
+    engine_args={},  # more arguments of vllm.LLM
+    max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
+    engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
+    judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
+    judge_model="Qwen/Qwen3-4B-Instruct-2507", judge_api_key_env="",  # the name of a variable
+    judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
+    judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
+    max_unscored=0.05,  # a share of the responses; more stops the run, saved
+    embedder="abhinand/MedEmbed-large-v0.1", embed_threshold=0.8, embed_soft=False,  # or "ngram"
+    weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
+    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="",  # or "wandb"
+)
+
+def set_up(cfg):
+    """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
+    common.check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    cfg.prompt_template = data.read_template(cfg.prompt_template)
+    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2)  # the first gap decides at once
+    run.threads = ThreadPoolExecutor(4)  # for images, while the engine decodes
+    run.rank, run.world, run.device = common.start()
+    run.scorer = reward.load(cfg, run.device, run.world)
+    run.processor = data.load_processor(cfg.model)
+    run.train, run.val = (
+        data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
+        for source in (cfg.train_data, cfg.val_data))
+    val_prompts = min(cfg.val_prompts or len(run.val.keep), len(run.val.keep))
+    run.val_rows = [run.val.keep[i] for i in data.order(len(run.val.keep), 0, 0, val_prompts)]
+    run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
+    if run.rank == 0:
+        print_arithmetic(run)
+    latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
+    run.dashboard = run.rank == 0 and common.dashboard(cfg)
+    run.model = policy.load(cfg, run.device)
+    run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
+    b, n = 12 + 2 * bool(cfg.kl_coef), sum(p.numel() for p in run.model.parameters()) / run.world
+    if run.rank == 0:  # bytes: fp32 weights and moments, a bf16 reference; an update adds gradients
+        print(f"GB per GPU: {b * n / 1e9:.3g} at rest, {(b + 4) * n / 1e9:.3g} in updates")
+    run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
+    patches = partial(data.patches, processor=run.processor, device=run.device)
+    run.engine = rollout.load(cfg, run.device, patches)
+    run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None, "kept": []}
+    if latest:
+        run.state |= policy.load_checkpoint(latest, run.model, run.optimizer)
+    run.saved = run.state["step"]
+    return run
+
+def print_arithmetic(run):
+    """Say in numbers what the settings mean."""
+    cfg, size, updates = run.cfg, run.cfg.group_size, run.cfg.updates_per_step
+    for name, rows in (("train", run.train), ("val", run.val)):
+        print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
+              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
+        print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
+    if leaked := len(set(run.train.hashes) & set(run.val.hashes)):
+        print(f"warning: {leaked} of the val questions, images included, are in train, too")
+    responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
+    print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
+          f"{run.world} ranks; {updates} updates of {responses // updates} responses")
+    print(f"dynamic sampling: these are kept of up to 4 times as many, in {cfg.max_rounds} rounds "
+          "at most; those that are not kept count in an epoch, too")
+    print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
+          f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
+
+def sample(run, split, rows, key, first=0, **sampling):
+    """Groups for rows[first:] from all ranks, in this order: prompts, less their images, with
+    "responses": dicts of ids, logprobs, finish_reason, text and parts. One pool: images are read
+    and the judge reads what is done while others still decode; no result depends on who is fast."""
+    if run.engine.version != run.state["updates"]:
+        with common.timed(run.times, "sync"):
+            rollout.sync(run.engine, policy.named_weights(run.model))
+        run.engine.version = run.state["updates"]
+
+    def read(slot):  # a row that comes twice is two draws
+        return data.prompt(split, rows[slot]) | {"slot": slot, "seed": common.seed_of(
+            run.cfg.seed, key, rows[slot], rows[:slot].count(rows[slot]))}
+
+    # Rank slot % world scores a slot's group; an engine samples those of its ranks.
+    engine, size = run.rank // run.cfg.tensor_parallel, run.cfg.tensor_parallel
+    slots = [s for s in range(first, len(rows)) if s % run.world // size == engine]
+    groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
+    with common.timed(run.times, "rollout"):
+        prompts = run.threads.map(read, slots)
+        for prompt, responses in rollout.generate(run.engine, prompts, **sampling):
+            if prompt["slot"] % run.world == run.rank:
+                ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
+                texts = run.processor.tokenizer.batch_decode(ids)
+                jobs.append(reward.start(run.scorer, prompt["problem"], prompt["solution"], texts))
+                groups.append(prompt | {"images": None, "responses": [
+                    r | {"text": text} for r, text in zip(responses, texts)]})
+    with common.timed(run.times, "reward_wait"):
+        for group, scores in zip(groups, reward.finish(run.scorer, jobs)):
+            for response, parts in zip(group["responses"], scores):
+                response["parts"] = parts
+        groups = sum(common.gather(groups), [])
+    return sorted(groups, key=lambda group: group["slot"])
+
+def collect(run, step):
+    """The groups of a step, with advantages: as many prompts at once as should leave prompts_per_
+    step groups. All that is kept is trained, and all is awaited: who is slow is not left out."""
+    cfg, rows, groups, kept, rounds = run.cfg, [], [], 0, 0
+    past = run.state["kept"] or [[1, 1]]  # of the last steps: groups kept, of how many
+    keep_rate = max(0.25, sum(k for k, _ in past) / sum(n for _, n in past))
+    while rounds < cfg.max_rounds and kept < cfg.prompts_per_step / 2:
+        first, missing = len(rows), cfg.prompts_per_step - kept
+        rows += [run.train.keep[i] for i in data.order(
+            len(run.train.keep), cfg.seed, run.state["cursor"] + first,
+            math.ceil(missing / keep_rate))]
+        groups += sample(run, run.train, rows, step, first,
+                         group_size=cfg.group_size, temperature=cfg.temperature)
+        add_advantages(cfg, groups[first:])
+        kept, rounds = sum(g["kept"] for g in groups), rounds + 1
+    said = (f"step {step}: {kept} of {len(groups)} groups kept in {rounds} rounds. If that stays, "
+            "take questions neither too easy nor too hard, a larger group_size or max_rounds")
+    if not kept and len(past) == 10 and not any(k for k, _ in past):
+        stop(run, f"no group was kept in 10 steps. {said}")
+    if kept < cfg.prompts_per_step / 2 and run.rank == 0:
+        print(f"warning: goes on with few groups. {said}", flush=True)
+    return groups
+
+def add_advantages(cfg, groups):
+    """Advantages from `overall`, in place; a group with an unscored response has none: dropped."""
+    for group in groups:
+        for r in group["responses"]:  # soft overlong punishment, DAPO eq. 13
+            over = len(r["ids"]) - cfg.max_response_tokens + cfg.overlong_buffer_tokens
+            charge = cfg.overlong_penalty * max(0, over) / max(1, cfg.overlong_buffer_tokens)
+            if r["parts"]["overall"] is not None:
+                r["parts"]["overall"] -= charge
+            r["parts"]["overlong"] = charge
+        rewards = [r["parts"]["overall"] for r in group["responses"]]
+        scored = None not in rewards
+        advantages = objective.group_advantages(torch.tensor([[x or 0.0 for x in rewards]]))[0]
+        advantages *= scored
+        group |= {"scored": scored, "kept": scored and keeps(cfg, group)}
+        for r, advantage in zip(group["responses"], advantages.tolist()):
+            r["advantage"] = advantage
+
+def keeps(cfg, group):
+    """Whether a group is trained. DAPO's eq. 11: some responses are right and some are not."""
+    parts = [r["parts"] for r in group["responses"]]
+    rewards = [p["overall"] for p in parts]
+    if cfg.keep == "reward":
+        return max(rewards) - min(rewards) >= 1e-6
+    if cfg.keep == "medix":  # what MediX-R1 does: all wrong but well-formed (0.145) is kept
+        return 0.01 < sum(rewards) / len(rewards) < 0.99
+    return len({p["judge"] if cfg.weight_judge else p["embed"] >= cfg.embed_threshold
+                for p in parts}) > 1
+
+def plan_update(run, groups):
+    """An update's rows on this rank, and its tokens and responses on all ranks. With mask_truncated
+    what was cut off leaves both, though its reward stays in the mean of its group."""
+    masked = ("length",) if run.cfg.mask_truncated else ()
+    groups = [g | {"responses": [r for r in g["responses"] if r["finish_reason"] not in masked]}
+              for g in groups]
+    trained = [g for g in groups if g["responses"]]
+    lengths = [len(r["ids"]) for g in trained for r in g["responses"]]
+    update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
+    work, mine = [0] * run.world, []  # in tokens; the longest group first, to who has the least
+    for group in sorted(trained, key=packed_tokens, reverse=True):
+        rank = work.index(min(work))
+        work[rank] += packed_tokens(group)
+        mine += [group] if rank == run.rank else []
+    if trained:
+        images = run.threads.map(partial(data.prompt, run.train), [g["row"] for g in mine])
+        mine = [g | {"images": prompt["images"]} for g, prompt in zip(mine, images)]
+        update.rows = policy.build_rows(run.model, mine, run.cfg.tokens_per_micro_batch)
+    return update
+
+def packed_tokens(group):
+    """Tokens of a group in a row: its prompt counts once."""
+    return len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
+
+def backward(run, update, row):
+    """Add a row's gradient; returns its sums for the log."""
+    cfg = run.cfg
+    logprobs, entropy = policy.logprobs(run.model, row, run.engine.patches(row["images"]),
+                                        cfg.temperature, run.engine.banned)
+    old_logprobs = row.setdefault("old_logprobs", logprobs.detach())
+    advantages, engine_logprobs, mask = (
+        row[k].to(logprobs.device) for k in ("advantage", "logprobs", "mask"))
+    token_loss, clipped = objective.policy_loss(
+        logprobs, old_logprobs, advantages, mask, cfg.loss,
+        cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_dual)
+    if cfg.engine_is_cap:  # truncated importance sampling: the engine's policy drew the tokens
+        ratio = (old_logprobs - engine_logprobs).exp()
+        token_loss = token_loss * ratio.clamp(max=cfg.engine_is_cap)
+        clipped["engine_is"] = ratio > cfg.engine_is_cap
+    kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
+    weights = row["weight"] * objective.token_weights(
+        mask, cfg.loss_mean, update.tokens, update.responses)
+    # FSDP averages gradients over ranks, but these weights sum to 1 over all of them already.
+    ((token_loss + cfg.kl_coef * kl) * weights).sum().mul(run.world).backward()
+    counted = mask * row["weight"]
+    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
+            "entropy": entropy * counted,
+            **{f"clip_frac/{k}": v * counted for k, v in clipped.items()}}
+    alone = sum(p + n for p, lengths in row["segments"] for n in lengths)
+    return {k: v.sum().item() for k, v in sums.items()} | {
+        "packed": row["input_ids"].numel() * row["weight"], "alone": alone * row["weight"]}
+
+def check_gap(run, updates):
+    """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
+    gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
+            (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
+    sums = common.total({"gap": sum(gaps), "tokens": len(gaps)})
+    mean, largest = sums["gap"] / sums["tokens"], max(common.gather(max(gaps, default=0.0)))
+    limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
+    run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
+    said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
+            f"{limit:g}: look at engine_args, dtype and the version of vLLM")
+    if run.gaps_over == 3:  # at once in a run's first step, later three times in a row
+        stop(run, said)
+    if mean > limit / 3 and run.rank == 0:
+        print(f"warning: {said}", flush=True)
+    return {"engine_gap/mean": mean, "engine_gap/max": largest}
+
+def check_unscored(run, share):
+    """Stop the run where the judge left too many responses without a verdict."""
+    if share > run.cfg.max_unscored:
+        stop(run, f"{share:.1%} of the responses have no verdict, above max_unscored: see to the "
+             f"judge, then start again to go on. {run.scorer.judge.last_failure}")
+
+def stop(run, why):
+    """End the run before an update, with the last finished step saved."""
+    if run.saved != run.state["step"]:
+        save(run)
+    common.stop(why)
+
+def train(run, groups):
+    """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""
+    cfg, state, n = run.cfg, run.state, run.cfg.updates_per_step
+    groups = [g for g in groups if g["kept"]]
+    updates = [plan_update(run, groups[len(groups) * u // n : len(groups) * (u + 1) // n])
+               for u in range(n)]
+    passes = {"ref_logprobs": run.reference} if cfg.kl_coef else {}
+    if cfg.updates_per_step > 1:  # a single update's own log-probs are the old ones
+        passes["old_logprobs"] = run.model
+    for key, model in passes.items():
+        with common.timed(run.times, key), torch.no_grad():
+            for row in (row for update in updates for row in update.rows):
+                row[key], _ = policy.logprobs(model, row, run.engine.patches(row["images"]),
+                                              cfg.temperature, run.engine.banned)
+    done, norms, metrics = [], [], {}
+    with common.timed(run.times, "update"):
+        for update in [u for u in updates if u.rows]:  # no group to learn from: no step
+            done += [backward(run, update, row) for row in update.rows]
+            metrics = metrics or check_gap(run, updates)
+            state["updates"] += 1
+            lr = cfg.learning_rate * min(1.0, state["updates"] / max(cfg.warmup_updates, 1))
+            norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
+            state["not_finite"] = 0 if norms[-1] < float("inf") else state["not_finite"] + 1
+            if state["not_finite"] == 3:
+                common.stop("3 gradients in a row were not finite: lower learning_rate")
+    metrics["updates_skipped"] = cfg.updates_per_step - sum(n < float("inf") for n in norms)
+    if norms:
+        sums = common.total({k: sum(s[k] for s in done) for k in done[0]})
+        metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms),
+                    "perf/packing_saving": sums.pop("alone") / sums.pop("packed")}
+        per = {k: len(norms) if k.startswith("loss/") else sums["tokens"] for k in sums}
+        metrics |= {k: v / per[k] for k, v in sums.items() if k != "tokens"}
+    return metrics
+
+def validate(run):
+    """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
+    metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
+    for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
+        if name == "val" or temperature:
+            groups = sample(run, run.val, run.val_rows, "val",
+                            group_size=1, temperature=temperature, top_p=top_p)
+            common.write_groups(run.cfg.out_dir, name, run.state["step"], groups)
+            metrics |= {f"{name}/{k}": v for k, v in common.response_metrics(groups).items()}
+    return metrics
+
+def save(run):
+    """A checkpoint of the last finished step; its time is logged with the next one."""
+    with common.timed(run.times, "save"):
+        policy.save_checkpoint(f"{run.cfg.out_dir}/checkpoints", run.state["step"], run.model,
+                               run.optimizer, run.state, run.cfg.keep_checkpoints)
+    run.saved = run.state["step"]
+
+def finish_step(run, metrics):
+    """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
+    cfg, state, step = run.cfg, run.state, run.state["step"]
+    last, times = is_over(run), dict(run.times)  # validate() adds to run.times
+    if step:
+        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
+        metrics["perf/tokens_per_s_per_gpu"] = (
+            tokens * metrics["groups/sampled"] * cfg.group_size / times["step"] / run.world)
+    due = step > 0 and (step % cfg.save_every == 0 or last)
+    if step % cfg.validate_every == 0 or last:
+        with common.timed(times, "validate"):
+            metrics |= validate(run)
+        if metrics.get("val/reward/format", 1.0) < 0.2 and cfg.keep != "reward" and run.rank == 0:
+            print('advice: val/reward/format is below 0.2, but the filter looks at correctness: '
+                  'teach the form first, by keep="reward" or by train_grpo.py', flush=True)
+        value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
+        if due and value > (state["best"] or [0, -1.0])[1]:
+            state["best"] = [step, value]
+    metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
+                                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
+    run.times.clear()
+    if run.rank == 0:
+        common.write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
+        run.dashboard(metrics, step=step)
+        print(f"step {step:4d}/{run.last_step}", *(
+            f" {k} {v:.3g}" for k, v in metrics.items()
+            if k.endswith("reward/overall") or k == "time/step"), flush=True)
+    if due:
+        save(run)
+    check_unscored(run, metrics.get("val/reward/unscored", 0.0))
+
+def is_over(run):
+    """An epoch counts the prompts that were drawn, kept or not."""
+    cfg, state = run.cfg, run.state
+    drawn = not cfg.steps and state["cursor"] >= cfg.epochs * len(run.train.keep)
+    return drawn or state["step"] >= run.last_step
+
+def main():
+    try:
+        run = set_up(common.load_config(defaults, sys.argv[1:]))
+    except (ValueError, OSError, ImportError) as error:  # a mistake that every rank meets
+        common.stop(error)
+    cfg, state = run.cfg, run.state
+    if state["step"] == 0:
+        finish_step(run, {})
+    while not is_over(run):
+        step = state["step"] + 1
+        with common.timed(run.times, "step"):
+            groups = collect(run, step)
+            rollout.sleep(run.engine)
+            metrics = common.response_metrics(groups) | common.group_metrics(groups)
+            check_unscored(run, metrics["reward/unscored"])
+            metrics |= train(run, groups)
+        state |= {"step": step, "cursor": state["cursor"] + len(groups), "kept": [
+            *state["kept"], [metrics["groups/kept"], len(groups)]][-10:]}
+        common.write_groups(cfg.out_dir, "step", step, groups)
+        finish_step(run, metrics)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
