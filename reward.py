@@ -12,7 +12,6 @@ from time import monotonic, sleep
 from types import SimpleNamespace
 
 import requests
-import urllib3
 
 TAGS = """X_RAY MICROSCOPY CLINICAL_PHOTOGRAPHY CT_SCAN GRAPHICS ANGIOGRAPHY PET_SCAN ULTRASOUND
     MRI_SCAN FUNDUS_PHOTOGRAPHY OCT_SCAN ENDOSCOPY MAMMOGRAPHY FLUOROSCOPY OTHER SPECT""".split()
@@ -114,37 +113,38 @@ def open_judge(cfg, world):
                             last_verdict=float("-inf"), last_failure="")
     print(f"waiting for the judge at {cfg.judge_url} ...", flush=True)
     for (truth, answer), known in list(PAIRS.items())[:None if cfg.judge_check else 1]:
-        verdict = ask(judge, monotonic(), "What is it?", answer, truth, starting=True)
+        verdict, _, said = ask(judge, monotonic(), "What is it?", truth, answer, starting=True)
         if verdict is None:
-            raise ValueError(judge.last_failure)
+            raise ValueError(said)
         wrong += [f"{answer!r} for {truth!r}"] if verdict != known else []
     if wrong and cfg.judge_check:
         raise ValueError(f"judge_model={cfg.judge_model} is wrong about {', '.join(wrong)}: choose "
                          "another judge_model, or set judge_check=False")
     return judge
 
-def ask(judge, submitted, question, answer, truth, starting=False):
-    """1.0 or 0.0. None once this request, or all since it was made, failed for judge_patience_s."""
+def ask(judge, submitted, *texts, starting=False, prompt=PROMPT, words=("NO", "YES"), **more):
+    """question, truth, answer -> verdict: place in words, prompt, reply; or None, prompt, why."""
     cfg, patience, started, pause = judge.cfg, judge.cfg.judge_patience_s, monotonic(), 0.5
-    record = json.dumps(dict(question=question, truth=truth, answer=answer), ensure_ascii=False)
-    record = record.replace("<", "\\u003c").replace("[", "\\u005b")  # no <|im_end|>, no [INST]
+    record = json.dumps(dict(zip(("question", "truth", "answer"), texts)), ensure_ascii=False)
+    prompt %= record.replace("<", "\\u003c").replace("[", "\\u005b")  # no <|im_end|>, no [INST]
     body = {"model": cfg.judge_model, "temperature": 0, "max_tokens": 8,
-            "messages": [{"role": "user", "content": PROMPT % record}], **cfg.judge_args}
+            "messages": [{"role": "user", "content": prompt}], **cfg.judge_args, **more}
     while monotonic() - max(submitted, judge.last_verdict) <= patience + cfg.judge_timeout_s:
         status, said, wish = post(judge, body)
         word = str(said).strip(" \t\r\n.,:;!*_'\"`").upper()
-        if status == 200 and word in ("YES", "NO"):
+        if status == 200 and word in words:
             judge.last_verdict = monotonic()
-            return float(word == "YES")
+            return float(words.index(word)), prompt, said
         name, cure = CURES.get(status, ("judge_url", "correct it or judge_model, or start a judge"))
         said, waited = " ".join(str(said).split()), monotonic() - started
         said = said.replace(judge.key or "\n", "***")[:200]
         judge.last_failure = f"{name}={getattr(cfg, name)}: {said} for {waited:.0f} s: {cure}"
         refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
         if waited >= patience or refused or (starting and status != 503):
-            return None
+            break
         sleep(min(patience - waited, max(pause, float(wish) if wish.isdecimal() else 0)))
         pause = min(2 * pause, 30)
+    return None, prompt, judge.last_failure  # this, or all since it was made, failed too long
 
 def post(judge, body):
     """One request -> (HTTP status, what the judge says, its Retry-After). Without a proper reply
@@ -161,7 +161,7 @@ def post(judge, body):
         if status == 200:
             return 200, json.loads(said)["choices"][0]["message"]["content"], ""
         return status, f"HTTP {status} {said}", reply.headers.get("Retry-After", "")
-    except (OSError, urllib3.exceptions.HTTPError) as error:
+    except (OSError, requests.exceptions.BaseHTTPError) as error:
         while error.__context__:  # down to the short words of the socket
             error = error.__context__
         late, gone = isinstance(error, TimeoutError), isinstance(error, ConnectionError)
@@ -195,9 +195,9 @@ def start(scorer, question, solution, responses):
         parts = {"judge": known, "embed": known, "modality": float(parsed["tag"] == tag)}
         job.rows.append((answer, parts | {"format": float(parsed["format"])}))
         if known is None:
-            key = (question.strip(), answer, truth)
+            key = (question.strip(), truth, answer)
             verdict = judge and judge.verdicts.get(key)
-            if judge and (not verdict or (verdict.done() and verdict.result() is None)):
+            if judge and (not verdict or (verdict.done() and verdict.result()[0] is None)):
                 verdict = judge.verdicts[key] = judge.pool.submit(ask, judge, monotonic(), *key)
             job.asked[answer] = verdict
     return job
@@ -212,7 +212,7 @@ def finish(scorer, jobs):
         for answer, parts in job.rows:
             if answer in job.asked:
                 verdict, cosine = job.asked[answer], (vectors[answer] @ vectors[job.truth].T).sum()
-                parts["judge"] = verdict.result() if verdict else 0.0  # exact: not equal
+                parts["judge"] = verdict.result()[0] if verdict else 0.0  # exact: not equal
                 parts["embed"] = float(min(1, max(0, cosine)) if soft else cosine >= threshold)
             parts["overall"] = overall(parts, scorer.weights)
     return [[parts for _, parts in job.rows] for job in jobs]
