@@ -1,0 +1,128 @@
+"""A training checkpoint -> a Hugging Face folder, which gets its name once it is verified.
+    python merge.py out/tiny/checkpoints/step_000100    # makes out/tiny/merged/step_000100
+Run it on a CPU, where the training was started. It holds the model once, in fp32."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import AutoConfig, AutoModelForImageTextToText, initialization
+
+import common
+import data
+
+# Mean |log-prob - that of the checkpoint in fp32|; kernels of GPUs round otherwise.
+LIMITS = {"transformers": {"float32": 1e-5, "bfloat16": 0.1},
+          "vLLM": {"float32": 1e-3, "bfloat16": 0.1}}
+
+def read_checkpoint(folder, base):
+    """Model `base` in fp32 with the weights of any number of ranks. ValueError, OSError: damage."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for path in sorted({folder / name for name in manifest} | {*folder.glob("*.safetensors")}):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get(path.name):
+                raise ValueError(f"{path.name} is damaged or foreign: merge another checkpoint")
+    with initialization.no_init_weights():
+        config = AutoConfig.from_pretrained(base)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.tie_weights()
+    weights = {f"model.{name}": p.data for name, p in model.named_parameters()}
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    found = {f"{name} {[*x.size]}" for name, x in reader.read_metadata().state_dict_metadata.items()
+             if name.split(".")[0] not in ("exp_avg", "exp_avg_sq", "step")}  # AdamW's
+    if found != (ours := {f"{name} {[*x.shape]}" for name, x in weights.items()}):
+        raise ValueError(f"it does not fit {base}. Only in the checkpoint: {sorted(found - ours)}; "
+                         f"only in the model: {sorted(ours - found)}")
+    dcp.load(weights, storage_reader=reader)
+    return model
+
+def write(model, base, folder, dtype):
+    """Weights in dtype; all else as base has it."""
+    weights = dict(model.to(getattr(torch, dtype)).named_parameters())
+    # Experts, (E, out, in) in transformers 5, are published, and read by vLLM, as (E, in, out).
+    experts = {n: p.transpose(1, 2) for n, p in weights.items() if ".experts." in n}
+    model.save_pretrained(folder, state_dict=weights | experts, max_shard_size="5GB",
+                          save_original_format=not experts)
+    for path in Path(base).iterdir():
+        if path.suffix in (".json", ".jinja", ".txt") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(re.sub(r'(dtype": )"\w+"', rf'\1"{dtype}"', config))
+
+@torch.no_grad()
+def logprobs(folder, model=None, dtype="float32"):
+    """(T - 1,) log-probs of an image and a question, by model or by vLLM, which loads folder."""
+    processor = data.load_processor(str(folder))
+    side, grid = processor.patch * processor.merge, [(1, processor.merge, processor.merge)]
+    image = np.linspace(0, 255, side * side * 3).astype(np.uint8).reshape(side, side, 3)
+    ids = data.prompt_ids(processor, "{question}", "What is this, and what makes you say so?", grid)
+    if model:
+        x, pixels = torch.tensor([ids]), data.patches([image], processor)
+        logits = model(x, pixel_values=pixels, image_grid_thw=torch.tensor(grid),
+                       mm_token_type_ids=(x == processor.image_token_id).int()).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
+    from vllm import LLM, SamplingParams
+    llm = LLM(str(folder), dtype=dtype, max_model_len=512, enforce_eager=True,
+              gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**30,
+              mm_processor_kwargs={"min_pixels": 1})
+    out, = llm.generate({"prompt_token_ids": ids, "multi_modal_data": {"image": [image]}},
+                        SamplingParams(max_tokens=1, prompt_logprobs=0))
+    return torch.tensor([x[t].logprob for t, x in zip(ids[1:], out.prompt_logprobs[1:])])
+
+def main(args):
+    folder, hub, repo = Path(args.checkpoint).resolve(), huggingface_hub.HfApi(), args.push_to_hub
+    run = json.loads((folder.parents[1] / "config.json").read_text())
+    base, dtype = run["model"], args.dtype or run["dtype"]
+    out = Path(args.out or folder.parents[1] / "merged" / folder.name)
+    if out.exists() and not (args.force and any(out.glob("model*.safetensors"))):
+        raise ValueError(f"{out} exists: choose another --out; --force replaces a model's folder")
+    if repo and hub.repo_exists(repo) and not (
+            args.force and (args.public or hub.repo_info(repo).private)):
+        raise ValueError(f"{repo} exists: --force overwrites it; a public one needs --public, too")
+    if not data.is_local(base):
+        base = huggingface_hub.snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
+    shutil.rmtree(aside := out.with_name(f"{out.name}.partial"), ignore_errors=True)
+    model = read_checkpoint(folder, base)
+    expected = logprobs(base, model)
+    write(model, base, aside, dtype)
+    del model  # before the next one comes
+    merged = AutoModelForImageTextToText.from_pretrained(aside, dtype=torch.float32)
+    found = {"transformers": logprobs(aside, merged)}
+    del merged
+    if find_spec("vllm") and not args.skip_vllm:
+        found["vLLM"] = logprobs(aside, dtype=dtype)
+    for name, ours in found.items():
+        gap, limit = (ours - expected).abs().mean().item(), LIMITS[name][dtype]
+        print(f"log-probs of {name} and of the checkpoint differ by {gap:.2g}, limit {limit:g}")
+        if not gap <= limit:
+            raise ValueError(f"{aside} gives {name} other log-probs: difference {gap:.3g}, limit "
+                             f"{limit:g}. Report it, with the versions of torch, {name}")
+    if out.exists():
+        shutil.rmtree(out)
+    aside.rename(out)
+    print(f"{out} is a model in {dtype}")
+    if repo:
+        hub.create_repo(repo, private=not args.public, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=out, delete_patterns="*.safetensors*")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for flag in ("checkpoint", "--out", "--push-to-hub"):
+        parser.add_argument(flag)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    for flag in ("--public", "--force", "--skip-vllm"):
+        parser.add_argument(flag, action="store_true")
+    try:
+        main(args := parser.parse_args())
+    except (ValueError, OSError) as error:
+        common.stop(f"{args.checkpoint}: {error}")
