@@ -8,10 +8,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import runpy
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -24,12 +26,14 @@ FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints lo
     judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
     engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
     activation_checkpointing""".split())
-CHOICES = dict(
-    loss=("grpo", "gspo", "cispo"), loss_mean=("token", "sequence"), engine=("vllm", "torch"),
-    dtype=("bfloat16", "float32"), log=("", "wandb"), keep=("correctness", "reward", "medix"))
-POSITIVE = ("prompts_per_step", "updates_per_step", "max_response_tokens", "temperature",
-            "learning_rate", "max_grad_norm", "validate_every", "save_every", "keep_checkpoints",
-            "tensor_parallel", "judge_concurrency", "judge_timeout_s", "max_rounds")
+RULES = """updates_per_step > 0; tensor_parallel > 0; overlong_buffer_tokens <= max_response_tokens
+    tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens; ranks % tensor_parallel == 0
+    engine == 'vllm' or tensor_parallel == 1 and not engine_args; loss_mean in ('token', 'sequence')
+    keep in ('correctness', 'reward', 'medix'); prompts_per_step % updates_per_step == 0
+    loss in ('grpo', 'gspo', 'cispo'); dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch')
+    prompts_per_step >= ranks; max_response_tokens > 0; log in ('', 'wandb'); keep_checkpoints > 0
+    judge_timeout_s > 0; steps + epochs > 0; validate_every > 0; learning_rate > 0; temperature > 0
+    max_grad_norm > 0; group_size > 1; save_every > 0; max_rounds > 0"""
 
 def load_config(defaults, argv):
     """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
@@ -57,33 +61,19 @@ def load_config(defaults, argv):
                                  f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
     return SimpleNamespace(**config)
 
-def check(cfg, world):
+def check(cfg, ranks):
     """Raise ValueError for settings that cannot work, before anything is loaded."""
-    c, longest = cfg, cfg.max_prompt_tokens + cfg.max_response_tokens
-    rules = {
-        **{f"{k}={getattr(c, k)!r} must be one of {v}": getattr(c, k) in v
-           for k, v in CHOICES.items() if k in vars(c)},
-        **{f"{k} is not set: add it to the config, or --{k}=": getattr(c, k)
-           for k in ("model", "train_data", "val_data")},
-        **{f"{k}={v} must be above 0": v > 0 for k, v in vars(c).items() if k in POSITIVE},
-        **{f"{k}={v} must not be below 0": v >= 0 for k, v in vars(c).items()
-           if type(v) in (int, float)},
-        "steps and epochs are 0: set one of them above 0": c.steps > 0 or c.epochs > 0,
-        f"group_size={c.group_size} must be at least 2 to compare responses": c.group_size > 1,
-        f"prompts_per_step={c.prompts_per_step} must be at least the number of ranks, {world}":
-            c.prompts_per_step >= world,
-        f"prompts_per_step={c.prompts_per_step} must be divisible by updates_per_step="
-        f"{c.updates_per_step}": c.prompts_per_step % max(c.updates_per_step, 1) == 0,
-        f"tensor_parallel={c.tensor_parallel} must divide the number of ranks, {world}":
-            world % max(c.tensor_parallel, 1) == 0,
-        f'tensor_parallel={c.tensor_parallel} needs engine="vllm"':
-            c.tensor_parallel == 1 or c.engine == "vllm",
-        "overlong_buffer_tokens must not be above max_response_tokens":
-            getattr(c, "overlong_buffer_tokens", 0) <= c.max_response_tokens,
-        f"tokens_per_micro_batch={c.tokens_per_micro_batch} must be at least max_prompt_tokens + "
-        f"max_response_tokens = {longest}": c.tokens_per_micro_batch >= longest}
-    if broken := [message for message, kept in rules.items() if not kept]:
-        raise ValueError(broken[0])
+    settings = {**vars(cfg), "ranks": ranks}
+    for name, value in settings.items():
+        if type(value) in (int, float) and value < 0:
+            raise ValueError(f"{name}={value} must not be below 0")
+        if name in ("model", "train_data", "val_data") and not value:
+            raise ValueError(f"{name} is not set: add it to the config, or --{name}=")
+    for rule in re.split(r"[;\n] *", RULES):  # some are about settings of train_dapo.py only
+        if rule.split()[0] in settings and not eval(rule, {}, settings):  # our text, no user's
+            names = [name for name in re.findall(r"[a-z_]+", rule) if name in settings]
+            given = ", ".join(f"{name}={settings[name]!r}" for name in names)
+            raise ValueError(f"{given}: it must be that {rule}")
 
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
@@ -171,13 +161,11 @@ def response_metrics(groups):
     responses = [r for g in groups for r in g["responses"]]
     scored = [r["parts"] for r in responses if r["parts"]["overall"] is not None]
     lengths = [len(r["ids"]) for r in responses]
-    lists = {
-        **{f"reward/{name}": [p[name] for p in scored] for name in (scored[0] if scored else ())},
-        "reward/unscored": [r["parts"]["overall"] is None for r in responses],
-        "response_tokens/mean": lengths, "prompt_tokens/mean": [len(g["ids"]) for g in groups],
-        "response_tokens/truncated": [r["finish_reason"] == "length" for r in responses]}
-    return {name: sum(values) / len(values) for name, values in lists.items()} | {
-        "response_tokens/max": max(lengths)}
+    return {f"reward/{k}": fmean(p[k] for p in scored) for k in (scored[0] if scored else ())} | {
+        "reward/unscored": 1 - len(scored) / len(responses),
+        "response_tokens/mean": fmean(lengths), "response_tokens/max": max(lengths),
+        "response_tokens/truncated": fmean(r["finish_reason"] == "length" for r in responses),
+        "prompt_tokens/mean": fmean(len(g["ids"]) for g in groups)}
 
 def group_metrics(groups):
     """groups/*: how many, and of those that every response was scored in, what they can teach."""
@@ -195,6 +183,6 @@ def dashboard(config):
     if not config.log:
         return lambda metrics, step: None
     import wandb
-    return wandb.init(
-        project="nanomedix", name=config.out_dir, dir=config.out_dir, config=vars(config),
-        id=f"{seed_of(os.path.abspath(config.out_dir)):x}", resume="allow").log
+    name = f"{seed_of(os.path.abspath(config.out_dir)):x}"
+    return wandb.init(project="nanomedix", name=config.out_dir, dir=config.out_dir, id=name,
+                      resume="allow", config=vars(config)).log

@@ -132,16 +132,16 @@ def prompt_ids(processor, template, problem, grids):
 
 def read_row(data, i):
     """Row i -> prompt(data, i) with images of their own size, and a hash of question and images.
-    ValueError, like "image: the reason": the row cannot be used."""
+    ValueError, like "row 7, image: the reason": the row cannot be used."""
     row, processor, cfg = data.rows[i], data.processor, data.cfg
     problem, solution, images = row["problem"], row["solution"], row.get("image", row.get("images"))
     if not isinstance(problem, str) or not problem.strip():
-        raise ValueError(f"problem: no text: {problem!r}")
+        raise ValueError(f"row {i}, problem: no text: {problem!r}")
     for token in processor.tokenizer.added_tokens_decoder.values():
         if token.special and token.content in problem:
-            raise ValueError(f"problem: {token.content} would forge the structure of the chat")
+            raise ValueError(f"row {i}, problem: {token.content} would forge the chat's structure")
     if not isinstance(solution, str) or not re.match(rf"<({'|'.join(data.tags)})>\s*\S", solution):
-        raise ValueError(f"solution: not '<TAG> answer' with a known tag: {str(solution)[:60]!r}")
+        raise ValueError(f"row {i}, solution: not '<TAG> answer', a known tag: {solution!r:.60}")
     images = images if isinstance(images, list) else [] if images is None else [images]
     images = [x if isinstance(x, dict) else {"path": x} for x in images]
     try:
@@ -150,7 +150,7 @@ def read_row(data, i):
         grid = grids_of([x.size for x in pictures], processor, cfg.min_pixels, cfg.max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds, by format and damage
         reason = str(error).split(" <_io")[0]  # without a memory address
-        raise ValueError(f"image: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"row {i}, image: {type(error).__name__}: {reason}") from error
     ids = prompt_ids(processor, cfg.prompt_template, problem, grid)
     return {"row": i, "problem": problem, "solution": solution, "ids": ids, "images": pictures,
             "grid": grid}, hashlib.sha256(problem.encode() + b"".join(files)).hexdigest()
@@ -168,7 +168,7 @@ def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [va
             row, digest = read_row(data, i)
             return len(row["ids"]), digest, row["solution"]
         except ValueError as error:
-            return f"row {i}, {error}"
+            return str(error)
 
     parts = gather([check(i) for i in range(rank, len(rows), world)])
     found = [parts[i % world][i // world] for i in range(len(rows))]
@@ -187,13 +187,9 @@ def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [va
 
 def prompt(data, i):
     """Row i, one of .keep -> the dict shown at the top. ValueError: changed since load()."""
-    try:
-        row, digest = read_row(data, i)
-        if digest != data.kept[i][1]:
-            raise ValueError("image: not the one that was checked at the start")
-    except ValueError as error:
-        raise ValueError(f"row {i}, {error}. It was good at the start, so its file has changed or "
-                         "cannot be read now: mend or remove the row and start again") from error
+    row, digest = read_row(data, i)
+    if digest != data.kept[i][1]:
+        raise ValueError(f"row {i}: its file changed after the start: mend it and start again")
     p = data.processor.patch
     row["images"] = [np.array(image.resize((w * p, h * p), Image.Resampling.BICUBIC))
                      for image, (_, h, w) in zip(row["images"], row["grid"])]

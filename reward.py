@@ -40,12 +40,10 @@ def split_solution(solution):
 
 def normalise(text):
     """Case-folded, white space collapsed, final dots (and the space before them) removed."""
-    # MediX-R1 minds case, and drops leading dots (".5") and spaces around / ("A / B").
     return " ".join(text.casefold().split()).rstrip(" .")
 
 def find_answer(response):
     """The one <answer> after the last </thinking>, stripped; None if there is none or several."""
-    # MediX-R1 takes the first <answer>, even inside the reasoning: guesses there would then pay.
     if "<thinking>" not in response:
         return response.strip() or None
     after = response.rpartition("</thinking>")[2]  # all of it if there is no </thinking>
@@ -57,8 +55,7 @@ def parse(response):
     """Any str -> dict(tag: a name of TAGS or None, answer: str or None, format: bool)."""
     head, opened, _ = response.partition("<thinking>")
     tag = NAMES.get(head.strip()) if opened else None
-    # MediX-R1 accepts any text before <thinking>, several answers and junk between them. Here, with
-    # a tag first and each mark there once, the two ends of the rest fix the order.
+    # With a tag first and each mark there once, the two ends of the rest fix the order.
     after = response.partition("</thinking>")[2].strip()
     once = all(response.count(mark) == 1 for mark in (f"<{tag}>", *MARKS))
     form = tag and once and after.startswith("<answer>") and after.endswith("</answer>")
@@ -174,7 +171,6 @@ def settle(answer, truth):
     # MediX-R1 has no limit: a long answer can list everything, or sway a judge.
     if answer is None or len(answer) > max(400, 4 * len(truth)) or not normalise(answer):
         return 0.0
-    # MediX-R1 pays 0 for one character, `:`, `?` and `__`, though truths may be just that.
     return 1.0 if normalise(answer) == normalise(truth) else None
 
 def overall(parts, weights):

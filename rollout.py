@@ -15,10 +15,9 @@ VLLM_TRIED = "0.32.0"
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
 
-    cfg: .model, .dtype, .engine and, for "vllm", .engine_args (any of vllm.LLM), .tensor_parallel,
-    .gpu_memory_utilization, .max_{prompt,response}_tokens, .max_pixels. patches: function from a
-    list of images to (patches, C) pixels. Returns .stop_ids, .banned (image tokens, never sampled),
-    .version (the caller's mark of what sync() brought). ValueError, OSError: what to change."""
+    cfg: .model, .dtype, .engine ("vllm", or "torch"), .engine_args (any of vllm.LLM), .max_pixels,
+    .tensor_parallel, .gpu_memory_utilization, .max_{prompt,response}_tokens. patches: images ->
+    (patches, C). Returns .stop_ids, .banned (never sampled), .version (the caller's own mark)."""
     config = AutoConfig.from_pretrained(cfg.model)
     stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id  # OSError: no such file
     if stop_ids is None:
@@ -32,8 +31,6 @@ def load(cfg, device, patches):
     if cfg.engine == "vllm":
         engine.llm = _start_vllm(cfg, device)
         return engine
-    if cfg.engine_args:
-        raise ValueError(f'engine_args={cfg.engine_args} are for engine="vllm": leave them out')
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, cfg.dtype))
     engine.model = model.requires_grad_(False).eval()
@@ -61,8 +58,8 @@ def _start_vllm(cfg, device):
     # Mean and deviation of the pixels would be dummies, too, and no sync would ever send them.
     if "mm_device_do_normalize" in vllm.EngineArgs.__dataclass_fields__:
         args["mm_device_do_normalize"] = False
-    if device.type == "cpu":  # seeded sampling crashes on chunks there
-        args["enable_chunked_prefill"] = False
+    if device.type == "cpu":
+        args["enable_chunked_prefill"] = False  # seeded sampling crashes on chunks there
     try:
         return vllm.LLM(**args | cfg.engine_args)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
@@ -107,12 +104,11 @@ def sleep(engine):
 def generate(engine, prompts, **sampling):
     """Yield (prompt, its responses) as soon as the last of these is done.
 
-    prompts: an iterable, read while the engine works, of dicts with row, ids (images expanded),
-    images ((h, w, 3) uint8 arrays), grid (their (1, h, w) in patches) and seed. sampling:
-    group_size, temperature (0: greedy), max_tokens and top_p. Response i draws from generator(seed
-    + i), whatever else is in the batch. responses: dicts of ids, logprobs (of the distribution
-    sampled from: at this temperature, or 1 if greedy, banned ids excluded) and finish_reason
-    ("stop", its stop id included, or "length")."""
+    prompts: iterable, read while the engine works: dicts of row, ids (images expanded), images
+    ((h, w, 3) uint8), grid ((1, h, w) in patches), seed. sampling: group_size, temperature (0:
+    greedy), max_tokens, top_p. Response i draws from generator(seed + i), whatever else is in the
+    batch. responses: dicts of ids, logprobs (of the distribution sampled from; at temperature 1 if
+    greedy; banned ids excluded), finish_reason ("stop", its stop id included, or "length")."""
     yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
 
 def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):

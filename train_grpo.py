@@ -34,8 +34,7 @@ defaults = dict(
     loss="grpo", loss_mean="token",  # "grpo", "gspo" or "cispo"; mean over "token" or "sequence"
     clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0, kl_coef=0.01,
     dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
-    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5,  # "torch": plain, for CPUs
-    engine_args={},  # more arguments of vllm.LLM
+    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5, engine_args={},  # of vllm.LLM
     max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
     engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
     judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
@@ -60,8 +59,8 @@ def set_up(cfg):
     run.train, run.val = (
         data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
         for source in (cfg.train_data, cfg.val_data))
-    val_prompts = min(cfg.val_prompts or len(run.val.keep), len(run.val.keep))
-    run.val_rows = [run.val.keep[i] for i in data.order(len(run.val.keep), 0, 0, val_prompts)]
+    n = len(run.val.keep)
+    run.val_rows = [run.val.keep[i] for i in data.order(n, 0, 0, n)[:cfg.val_prompts or n]]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     if run.rank == 0:
         print_arithmetic(run)
@@ -126,8 +125,7 @@ def sample(run, split, rows, key, first=0, **sampling):
         for group, scores in zip(groups, reward.finish(run.scorer, jobs)):
             for response, parts in zip(group["responses"], scores):
                 response["parts"] = parts
-        groups = sum(common.gather(groups), [])
-    return sorted(groups, key=lambda group: group["slot"])
+        return sorted(sum(common.gather(groups), []), key=lambda group: group["slot"])
 
 def collect(run, step):
     """The groups of a step, with advantages."""
@@ -146,6 +144,7 @@ def add_advantages(groups):
         scored = None not in rewards
         advantages = objective.group_advantages(torch.tensor([[x or 0.0 for x in rewards]]))[0]
         advantages *= scored
+        group["tokens"] = len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
         group |= {"scored": scored, "kept": bool(advantages.any())}
         for r, advantage in zip(group["responses"], advantages.tolist()):
             r["advantage"] = advantage
@@ -158,19 +157,15 @@ def plan_update(run, groups):
     lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
     update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
     work, mine = [0] * run.world, []  # in tokens; the longest group first, to who has the least
-    for group in sorted(trained, key=packed_tokens, reverse=True):
+    for group in sorted(trained, key=lambda g: -g["tokens"]):
         rank = work.index(min(work))
-        work[rank] += packed_tokens(group)
+        work[rank] += group["tokens"]
         mine += [group] if rank == run.rank else []
     if trained:
-        images = run.threads.map(partial(data.prompt, run.train), [g["row"] for g in mine])
-        mine = [g | {"images": prompt["images"]} for g, prompt in zip(mine, images)]
+        prompts = run.threads.map(lambda group: data.prompt(run.train, group["row"]), mine)
+        mine = [group | prompt for group, prompt in zip(mine, prompts)]  # with images again
         update.rows = policy.build_rows(run.model, mine, run.cfg.tokens_per_micro_batch)
     return update
-
-def packed_tokens(group):
-    """Tokens of a group in a row: its prompt counts once."""
-    return len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
 
 def backward(run, update, row):
     """Add a row's gradient; returns its sums for the log."""
@@ -263,12 +258,13 @@ def train(run, groups):
 
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
-    metrics, sampled = {}, (run.cfg.val_temperature, run.cfg.val_top_p)
-    for name, (temperature, top_p) in {"val": (0.0, 1.0), "val_sampled": sampled}.items():
+    cfg, metrics = run.cfg, {}
+    sampled = ("val_sampled", cfg.val_temperature, cfg.val_top_p)
+    for name, temperature, top_p in (("val", 0.0, 1.0), sampled):
         if name == "val" or temperature:
             groups = sample(run, run.val, run.val_rows, "val",
                             group_size=1, temperature=temperature, top_p=top_p)
-            common.write_groups(run.cfg.out_dir, name, run.state["step"], groups)
+            common.write_groups(cfg.out_dir, name, run.state["step"], groups)
             metrics |= {f"{name}/{k}": v for k, v in common.response_metrics(groups).items()}
     return metrics
 

@@ -32,6 +32,7 @@ def make_groups(one_image):
         for i, r in enumerate(group["responses"]):
             r["logprobs"] = (-4 + 0.1 * torch.randn(len(r["ids"]), generator=generator)).tolist()
             r["advantage"] = 0.0 if slot == 3 else (-1) ** i * (1 + 0.1 * slot + 0.05 * i)
+        group["tokens"] = len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
         group |= {"row": slot, "slot": slot, "scored": True, "kept": slot != 3}
         if one_image and slot:
             group |= {

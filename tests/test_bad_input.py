@@ -99,18 +99,19 @@ WRONG = [
     ({"model": ""}, ["model is not set", "--model="]),
     ({"train_data": ""}, ["train_data is not set", "--train_data="]),
     ({"val_data": ""}, ["val_data is not set", "--val_data="]),
-    ({"group_size": 1}, ["group_size=1", "at least 2"]),
+    ({"group_size": 1}, ["group_size=1", "group_size > 1"]),
     ({"prompts_per_step": 6, "updates_per_step": 4},
-     ["prompts_per_step=6", "divisible by updates_per_step=4"]),
+     ["prompts_per_step=6", "updates_per_step=4", "prompts_per_step % updates_per_step == 0"]),
     ({"tokens_per_micro_batch": 1000, "max_prompt_tokens": 1024, "max_response_tokens": 48},
-     ["tokens_per_micro_batch=1000", "at least max_prompt_tokens + max_response_tokens = 1072"]),
-    ({"prompts_per_step": 0}, ["prompts_per_step=0", "above 0"]),
-    ({"updates_per_step": 0}, ["updates_per_step=0", "above 0"]),
-    ({"temperature": 0}, ["temperature=0.0", "above 0"]),
-    ({"learning_rate": 0}, ["learning_rate=0.0", "above 0"]),
-    ({"validate_every": 0}, ["validate_every=0", "above 0"]),
-    ({"save_every": 0}, ["save_every=0", "above 0"]),
-    ({"steps": 0, "epochs": 0}, ["steps and epochs are 0", "set one"]),
+     ["tokens_per_micro_batch=1000", "max_prompt_tokens=1024", "max_response_tokens=48",
+      "tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens"]),
+    ({"prompts_per_step": 0}, ["prompts_per_step=0", "prompts_per_step >= ranks"]),
+    ({"updates_per_step": 0}, ["updates_per_step=0", "updates_per_step > 0"]),
+    ({"temperature": 0}, ["temperature=0.0", "temperature > 0"]),
+    ({"learning_rate": 0}, ["learning_rate=0.0", "learning_rate > 0"]),
+    ({"validate_every": 0}, ["validate_every=0", "validate_every > 0"]),
+    ({"save_every": 0}, ["save_every=0", "save_every > 0"]),
+    ({"steps": 0, "epochs": 0}, ["steps=0, epochs=0", "steps + epochs > 0"]),
     ({"weight_judge": 0.9}, ["weight_judge", "add up to 1"]),
     ({"embed_threshold": 1.5}, ["embed_threshold=1.5", "within 0 .. 1"]),
     ({"prompt_template": "configs/nowhere.txt"},
@@ -136,17 +137,17 @@ def test_below_zero(refusal, name, value):
 
 def test_fewer_prompts_than_ranks(refusal, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert_says(refusal(prompts_per_step=4), "prompts_per_step=4", "number of ranks, 8")
+    assert_says(refusal(prompts_per_step=4), "prompts_per_step=4", "ranks=8")
     cfg = common.load_config(train_grpo.defaults, [
         "configs/tiny.py", "--model=m", "--train_data=t", "--val_data=v", "--prompts_per_step=8"])
     common.check(cfg, 8)
-    with pytest.raises(ValueError, match="number of ranks, 9"):
+    with pytest.raises(ValueError, match="ranks=9"):
         common.check(cfg, 9)
 
 
 def test_engine_args_without_vllm(refusal):
-    message = refusal(engine_args="{'max_num_seqs': 4}", weights=True)
-    assert_says(message, "engine_args={'max_num_seqs': 4}", 'engine="vllm"', "leave them out")
+    message = refusal(engine_args="{'max_num_seqs': 4}")
+    assert_says(message, "engine_args={'max_num_seqs': 4}", "engine == 'vllm'")
 
 
 def test_vllm_that_is_not_installed(refusal, monkeypatch):
@@ -155,7 +156,7 @@ def test_vllm_that_is_not_installed(refusal, monkeypatch):
 
 
 def test_tensor_parallel(refusal, monkeypatch):
-    assert_says(refusal(tensor_parallel=0), "tensor_parallel=0", "above 0")
+    assert_says(refusal(tensor_parallel=0), "tensor_parallel=0", "tensor_parallel > 0")
     message = refusal(tensor_parallel=2, engine="vllm")
     assert_says(message, "tensor_parallel=2", "number of ranks, 1")
     monkeypatch.setenv("WORLD_SIZE", "2")

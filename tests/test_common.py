@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ranks import ROOT
@@ -179,7 +180,8 @@ def config_of(out):
 def test_a_new_run(tmp_path, capsys):
     assert common.open_run(settings(tmp_path, seed=3), "abc") is None
     expected = train_grpo.defaults | {"seed": 3, "out_dir": str(tmp_path / "run")}
-    assert config_of(tmp_path) == expected | {"train_rows": "abc", "changes": []}
+    assert config_of(tmp_path) == expected | {
+        "script": Path(sys.argv[0]).name, "train_rows": "abc", "changes": []}
     assert (tmp_path / "run/metrics.jsonl").read_text() == ""
     assert (tmp_path / "run/rollouts").is_dir()
     assert capsys.readouterr().out == ""

@@ -483,8 +483,8 @@ def test_every_start_checks_every_row(processor, tmp_path, checked):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda path: noise(128, 64).save(path), "not the one that was checked"),
-    (lambda path: noise(64, 64, seed=1).save(path), "not the one that was checked"),
+    (lambda path: noise(128, 64).save(path), "file changed after the start"),
+    (lambda path: noise(64, 64, seed=1).save(path), "file changed after the start"),
     (lambda path: path.write_bytes(path.read_bytes()[:-99]), "truncated"),
     (lambda path: path.unlink(), r"No such file.*a\.png")])
 def test_a_file_that_changes_under_the_run(processor, tmp_path, change, said):
@@ -495,7 +495,7 @@ def test_a_file_that_changes_under_the_run(processor, tmp_path, change, said):
     loaded = load(source, processor)
     assert np.array_equal(data.prompt(loaded, 0)["images"][0], noise(64, 64))
     change(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=f"row 0, image: .*{said}.* mend or remove the row and"):
+    with pytest.raises(ValueError, match=f"row 0.*{said}"):
         data.prompt(loaded, 0)
 
 
