@@ -1,70 +1,128 @@
-"""Pictures of runs.
+"""Pages and curves to look at. A page is one file, pictures included.
 
-    python report.py curve RUN... --out curve.png    # RUN: a run's out_dir; one colour each
+    python report.py RESULTS [--out page.html]  # scores and items of a results folder of eval.py
+    python report.py rollouts OUT_DIR [--step N] [--out page.html]  # a run's groups; its last step
+    python report.py curve [LABEL=]OUT_DIR... [--x trained] [--out curve.png]  # a colour a label
 """
 import argparse
+import base64
+import io
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LOOK = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 11, "lines.linewidth": 2}
-GREEDY, TRAINING = {"marker": "o", "markersize": 4}, {"lw": 1, "alpha": 0.3}
-PANELS = {  # title -> (legend, metric, style of the line)
-    "reward": [("greedy", "val/reward/overall", GREEDY), ("training", "reward/overall", TRAINING),
-               ("sampled", "val_sampled/reward/overall", {"ls": "--"})],
-    "parts of the reward (greedy)": [
-        (part, f"val/reward/{part}", {"ls": ls})
-        for part, ls in (("judge", "-"), ("embed", "--"), ("modality", "-."), ("format", ":"))],
-    "response length, tokens": [("greedy", "val/response_tokens/mean", GREEDY),
-                                ("training", "response_tokens/mean", TRAINING)]}
+STYLES = dict(greedy=dict(marker="o", ms=4), training=dict(lw=1, alpha=0.3), sampled=dict(ls="--"),
+              judge={}, embed=dict(ls="--"), modality=dict(ls="-."), format=dict(ls=":"))
+PANELS = {  # title -> {metric: its style and name}
+    "reward": {"val/reward/overall": "greedy", "reward/overall": "training",
+               "val_sampled/reward/overall": "sampled"},
+    "parts of the reward (greedy)": {
+        f"val/reward/{part}": part for part in ("judge", "embed", "modality", "format")},
+    "response length, tokens": {
+        "val/response_tokens/mean": "greedy", "response_tokens/mean": "training"}}
+COUNTED = {"trained": "groups/kept", "generated": "groups/sampled"}  # times group_size, for --x
 
+def read_lines(path):
+    """The dicts of a .jsonl file, less a last one that is still being written."""
+    text, _, rest = path.read_text("utf-8", "replace").rpartition("\n")
+    if rest:
+        print(f"note: {path} ends in a half-written line, left out")
+    try:
+        return json.loads("[" + text.replace("\n", ",\n") + "]")
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: mend or remove this line: {error}") from error
 
-def read_metrics(folder):
-    """The lines of RUN/metrics.jsonl as dicts, less a last one that is still being written."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path} does not exist: give the out_dir of a run")
-    lines, rows = path.read_text().splitlines(), []
-    for number, text in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise SystemExit(f"{path}, line {number} is not JSON: mend or remove it") from error
-            print(f"note: {path} ends in a half-written line, left out")
+def read_run(run, x="step"):
+    """OUT_DIR or LABEL=OUT_DIR -> label and lines of metrics.jsonl, each of which also knows x."""
+    plain = "=" not in run or Path(run).is_dir()
+    label, _, folder = ("", "", run) if plain else run.partition("=")
+    rows, so_far = read_lines(Path(folder, "metrics.jsonl")), 0
     if not any("val/reward/overall" in row for row in rows):
-        raise SystemExit(f"{path} has no validation: wait for one, or set validate_every above 0")
-    return rows
+        raise ValueError(f"{folder} has no validation: wait for one, or set validate_every above 0")
+    if x in COUNTED:
+        size = json.loads(Path(folder, "config.json").read_text())["group_size"]
+        for row in rows:
+            row[x] = so_far = so_far + size * row.get(COUNTED[x], 0)
+    return label or folder.rstrip("/"), rows
 
-
-def curve(runs, out):
-    """Draw {name of a run: its metrics}: reward, its parts and response length by step."""
+def curve(runs, out, x="step"):
+    """Draw [(label, lines of metrics.jsonl)]: reward, its parts and response length against x."""
     plt.rcParams.update(LOOK)
+    colours = {label: f"C{i}" for i, label in enumerate(dict(runs))}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.9), layout="constrained")
     for ax, (title, lines) in zip(axes, PANELS.items()):
-        for label, key, style in lines:
-            for i, rows in enumerate(runs.values()):
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                if points:
-                    ax.plot(*zip(*points), color=f"C{i}", **style)
-            if any(row.get(key) is not None for rows in runs.values() for row in rows):
-                ax.plot([], [], label=label, color="0.35", **style)  # grey: for all runs alike
-        ax.set(title=title, xlabel="step", ylim=(0, 1.03) if ax is not axes[2] else (0, None))
+        for key, name in lines.items():
+            for label, rows in runs:
+                points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
+                ax.plot(*zip(*points), color=colours[label], **STYLES[name])
+            if any(row.get(key) is not None for _, rows in runs for row in rows):
+                ax.plot([], [], label=name, color="0.35", **STYLES[name])  # grey: for all runs
+        ax.set(title=title, xlabel=f"responses {x}" if x in COUNTED else x,
+               ylim=(0, None if ax is axes[2] else 1.03))
         ax.legend(*ax.get_legend_handles_labels(), loc="lower right")
-    colours = [plt.Line2D([], [], color=f"C{i}", lw=5) for i in range(len(runs))]
-    figure.legend(colours, runs, loc="outside upper center", ncols=4, fontsize=15)
+    handles = [plt.Line2D([], [], color=colour, lw=5) for colour in colours.values()]
+    figure.legend(handles, colours, loc="outside upper center", ncols=4, fontsize=15)
     figure.savefig(out, dpi=120)
 
+def results(folder):
+    """What to show of an evaluation: of a task the items with pictures, or else at most 20."""
+    tasks, endings = {}, ("", *(f"_{i}" for i in range(1, 10)))
+    for item in {item["id"]: item for item in read_lines(folder / "responses.jsonl")}.values():
+        files = [folder / f"images/{item['task']}_{item['row']}{end}.jpg" for end in endings]
+        item["images"] = [file.read_bytes() for file in files if file.is_file()]
+        tasks.setdefault(item["task"], []).append(item)
+    shown = {item["id"]: item for items in tasks.values() for item in
+             [x for x in items if x["images"]] or items[::-(-len(items) // 20)]}
+    judged = [x for x in read_lines(folder / "judgements.jsonl") if x["id"] in shown]
+    config, scores = (json.loads((folder / f"{x}.json").read_text()) for x in ("config", "scores"))
+    return {"config": config, "scores": scores, "items": [*shown.values()], "judgements": judged}
+
+def rollouts(folder, step):
+    """What to show of a step: of its train and val groups at most 100, with the rows' images."""
+    import data  # takes seconds
+    config, items = json.loads((folder / "config.json").read_text()), []
+    step = read_lines(folder / "metrics.jsonl")[-1]["step"] if step is None else step
+    for file in sorted(folder.glob(f"rollouts/*_{step:06d}.jsonl")):
+        split, groups = file.stem[:-7], read_lines(file)
+        rows, where = data.read_rows(config["train_data" if split == "step" else "val_data"])
+        for group in groups[::-(-len(groups) // 100)]:
+            row = rows[group["row"]] if group["row"] < len(rows) else {}
+            if [row.get("problem"), row.get("solution")] != [group["prompt"], group["solution"]]:
+                raise ValueError(f"{file}: row {group['row']} of the data has changed, put it back")
+            images, group["images"] = row.get("image", row.get("images")) or [], []
+            for image in images if isinstance(images, list) else [images]:
+                image = image if isinstance(image, dict) else {"path": image}
+                file_bytes = image.get("bytes") or Path(where, image["path"]).read_bytes()
+                image = data.decode({"bytes": file_bytes})
+                image.thumbnail((512, 512))
+                image.save(jpeg := io.BytesIO(), "JPEG", quality=85, subsampling=0)
+                group["images"].append(jpeg.getvalue())
+            items.append(group | {"split": split})
+    if not items:
+        raise ValueError(f"{folder}/rollouts has nothing of step {step}: give another --step")
+    return {"config": config, "step": step, "items": items}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    command = parser.add_subparsers(dest="command", required=True).add_parser("curve")
-    command.add_argument("runs", nargs="+", metavar="RUN")
-    command.add_argument("--out", default="curve.png")
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("what", nargs="+")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--x", choices=["step", *COUNTED], default="step")
     args = parser.parse_args()
-    curve({run.rstrip("/"): read_metrics(run) for run in args.runs}, args.out)
+    command, *folders = args.what if args.what[0] in ("rollouts", "curve") else ["", *args.what]
+    try:
+        if command == "curve":
+            curve([read_run(run, args.x) for run in folders], args.out or "curve.png", args.x)
+        else:
+            content = rollouts(Path(*folders), args.step) if command else results(Path(*folders))
+            page = Path(__file__).with_name("assets").joinpath("report.html").read_text("utf-8")
+            text = json.dumps(content, default=lambda jpeg: base64.b64encode(jpeg).decode())
+            # Without "<" no text can end the <script> that it is put in.
+            page = page.replace("{{data}}", text.replace("<", "\\u003c"))
+            (args.out or Path(*folders, "page.html")).write_text(page, "utf-8")
+    except (OSError, ValueError) as error:
+        hint = ": give a run's out_dir, or results that eval.py has scored"
+        raise SystemExit(f"error: {error}{hint * isinstance(error, OSError)}") from error
