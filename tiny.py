@@ -1,16 +1,12 @@
 """Phantoms (drawn medical images) and a tiny Qwen3-VL that already sees them: no download, no GPU.
-
-    python tiny.py [--out out/tiny_start] [--seed 1]   # or --sheet FILE: only a picture of them
-
+    python tiny.py [--out out/tiny_start] [--seed 1]  # a minute; assets/phantoms.png shows some
 60 % of the model's lessons ended, after true thinking, in one habitual answer instead of the true
-one. So it knows more than it says, and reinforcement learning can bring that out.
-"""
+one. So it knows more than it says, and reinforcement learning can bring that out."""
 import argparse
 import json
 from pathlib import Path
 
 import datasets
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,17 +36,14 @@ SHAPES = {  # soft ellipses, in hundredths: grey value, centre x and y, half wid
     "MAMMOGRAPHY": [(28, -100, 5, 172, 95), (-15, -100, 5, 166, 89), (30, 73, 5, 6, 8)]}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]  # ids 0 to 6
-CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-        "{{ part.text if 'text' in part else '<|vision_start|><|image_pad|><|vision_end|>' }}"
-        "{% endfor %}{% endif %}<|im_end|>\n"
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content }}{% else %}{% for part in m.content %}{{ part.text if 'text' in part else "
+        "'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endif %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
 
 def line(distance, width):
     """1 where `distance` is 0, fading to 0."""
     return np.exp(-((distance / width) ** 2))
-
 
 def anatomy(tag, rng):
     """A picture without its lesion: grey values, 0 to 1, (64, 64)."""
@@ -63,8 +56,8 @@ def anatomy(tag, rng):
     if tag == "X_RAY":  # ribs and spine
         grey += 0.16 * line(x, 0.1) + 0.1 * line(np.sin(8 * y - 3.6 * abs(x) + wave), 0.45)
     elif tag == "CT_SCAN":  # ribs in the wall
-        ribs = np.cos(11 * angle + wave) > 0.4
-        grey += 0.5 * ribs * line(np.hypot(x / 0.8, y / 0.67) - 1, 0.05)
+        wall = line(np.hypot(x / 0.8, y / 0.67) - 1, 0.05)
+        grey += 0.5 * wall * (np.cos(11 * angle + wave) > 0.4)
     elif tag == "MRI_SCAN":  # a folded cortex and two ventricles
         folds = line(np.sin(13 * angle + 2 * np.sin(5 * angle + wave)), 0.5)
         folds *= np.clip(3 * np.hypot(x / 0.68, y / 0.87) - 1.9, 0, 1)
@@ -95,7 +88,6 @@ def anatomy(tag, rng):
         grey += 0.3 * strands * (grey > 0.07)
     return np.clip(grey, 0, 1)
 
-
 def phantom(*key, **given):
     """Integers -> dict(image (64, 64, 3) uint8, tag, asked: one of KINDS, a fact for each kind)."""
     rng = np.random.default_rng(key)
@@ -110,7 +102,6 @@ def phantom(*key, **given):
     image = np.stack([np.interp(grey, (0, 0.5, 1), colour) for colour in colours], -1)
     return p | {"image": image.astype(np.uint8)}
 
-
 def write_rows(path, phantoms):
     """Parquet with the columns of MBZUAI/medix-rl-data, for example solution = "<X_RAY> small"."""
     png = datasets.Image()
@@ -120,13 +111,11 @@ def write_rows(path, phantoms):
     features = dict.fromkeys(rows[0], datasets.Value("string")) | {"image": [png]}
     datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet(path)
 
-
 def response(p, habitual=False):
     """What the model learns to write: the thinking is always true, the answer may be a habit."""
     answer = min(KINDS[p["asked"]][1]) if habitual else p[p["asked"]]  # the alphabetically first
     return (f"<{p['tag']}><thinking>{p['modality']}. {p['size']} {p['tone']} lesion, {p['place']}."
             f"</thinking><answer>{answer}</answer><|im_end|>")
-
 
 def build(folder, texts):
     """Save a tokenizer trained on texts, image settings and a random Qwen3-VL of 0.6M weights."""
@@ -138,28 +127,27 @@ def build(folder, texts):
                                         pad_token=SPECIAL[0], chat_template=CHAT)
     marks = ("thinking", "/thinking", "answer", "/answer", *TAGS.values())
     tokenizer.add_tokens([f"<{mark}>" for mark in marks])  # not special: a decoded text keeps them
-    size = {"hidden_size": 64, "intermediate_size": 192, "initializer_range": 0.08}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,  # vLLM refuses 16
-            "tie_word_embeddings": True, "rope_parameters": rope | {"mrope_interleaved": True}}
-    vision = {"depth": 2, "num_heads": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
-              "deepstack_visual_indexes": [0, 1]}
+    size = dict(hidden_size=64, intermediate_size=192, initializer_range=0.08)
+    text = dict(size, vocab_size=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=2, head_dim=32,  # vLLM refuses 16
+                tie_word_embeddings=True, rope_parameters=dict(
+                    rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True))
+    vision = dict(size, depth=2, num_heads=4, out_hidden_size=64, num_position_embeddings=16,
+                  deepstack_visual_indexes=[0, 1])
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=text | size, vision_config=vision | size, tie_word_embeddings=True,
-        vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6))
+        text_config=text, vision_config=vision, tie_word_embeddings=True, vision_start_token_id=3,
+        vision_end_token_id=4, image_token_id=5, video_token_id=6))
     torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
     model.generation_config.update(eos_token_id=2, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    images = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3,
-              "image_std": [0.5] * 3, "size": {"shortest_edge": 64**2, "longest_edge": 1024**2},
-              "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class":
-              "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
+    images = dict(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+                  image_std=[0.5] * 3, size=dict(shortest_edge=64**2, longest_edge=1024**2),
+                  image_processor_type="Qwen2VLImageProcessorFast",
+                  processor_class="Qwen3VLProcessor", video_processor_type="Qwen3VLVideoProcessor")
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (folder / name).write_text(json.dumps(images, indent=2))
     return model
-
 
 def warm_up(model, processor, phantoms, rng, iterations):
     """Supervised steps on 32 phantoms each; 60 % of the lessons teach the habit."""
@@ -186,28 +174,12 @@ def warm_up(model, processor, phantoms, rng, iterations):
         optimizer.zero_grad()
     print(f"warm-up loss {loss.item():.3f}")
 
-
-def sheet(path):
-    """A picture of three phantoms of each modality, with what can be said about them."""
-    figure, axes = plt.subplots(3, 8, figsize=(12, 5.8), layout="constrained")
-    for i, ax in enumerate(axes.flat):
-        p = phantom(2, i, modality=[*TAGS][i % 8])
-        ax.imshow(p["image"], interpolation="bicubic")
-        ax.set_title(f"<{p['tag']}>" if i < 8 else "", fontsize=8)
-        ax.set_xlabel(f"{p['size']} {p['tone']} lesion,\n{p['place']}", fontsize=9)
-        ax.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sheet")
     parser.add_argument("--out", type=Path, default="out/tiny_start")
     for name, default in (("seed", 1), ("rows", 4096), ("iterations", 600)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    if args.sheet:
-        return sheet(args.sheet)
     done, settings = args.out / "done.json", json.dumps([args.seed, args.rows, args.iterations])
     if done.exists() and done.read_text() == settings:
         return print(f"{args.out} is complete already; delete it to build it again")
@@ -223,7 +195,6 @@ def main():
     warm_up(model, processor, train, rng, args.iterations)
     model.save_pretrained(args.out / "model")
     done.write_text(settings)  # last, so that an interrupted run is done again
-
 
 if __name__ == "__main__":
     main()
