@@ -11,18 +11,18 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from transformers import AutoConfig, AutoModelForImageTextToText, initialization
+from huggingface_hub import HfApi, snapshot_download
+from transformers import AutoConfig, initialization
+from transformers import AutoModelForImageTextToText as AutoModel
 
 import common
 import data
 
-# Mean |log-prob - that of the checkpoint in fp32|; kernels of GPUs round otherwise.
-LIMITS = {"transformers": {"float32": 1e-5, "bfloat16": 0.1},
-          "vLLM": {"float32": 1e-3, "bfloat16": 0.1}}
+LIMITS = {  # mean |log-prob - the fp32 checkpoint's|; vLLM's kernels add up in another order
+    "transformers": {"float32": 1e-5, "bfloat16": 0.1}, "vLLM": {"float32": 1e-3, "bfloat16": 0.1}}
 
 def read_checkpoint(folder, base):
     """Model `base` in fp32 with the weights of any number of ranks. ValueError, OSError: damage."""
@@ -32,13 +32,12 @@ def read_checkpoint(folder, base):
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get(path.name):
                 raise ValueError(f"{path.name} is damaged or foreign: merge another checkpoint")
     with initialization.no_init_weights():
-        config = AutoConfig.from_pretrained(base)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+        model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32).eval()
     model.tie_weights()
     weights = {f"model.{name}": p.data for name, p in model.named_parameters()}
     reader = dcp.HuggingFaceStorageReader(str(folder))
     found = {f"{name} {[*x.size]}" for name, x in reader.read_metadata().state_dict_metadata.items()
-             if name.split(".")[0] not in ("exp_avg", "exp_avg_sq", "step")}  # AdamW's
+             if name.split(".")[0] not in ("exp_avg", "exp_avg_sq", "step")}  # AdamW's: never read
     if found != (ours := {f"{name} {[*x.shape]}" for name, x in weights.items()}):
         raise ValueError(f"it does not fit {base}. Only in the checkpoint: {sorted(found - ours)}; "
                          f"only in the model: {sorted(ours - found)}")
@@ -46,7 +45,7 @@ def read_checkpoint(folder, base):
     return model
 
 def write(model, base, folder, dtype):
-    """Weights in dtype; all else as base has it."""
+    """The weights in dtype; all else as base has it."""
     weights = dict(model.to(getattr(torch, dtype)).named_parameters())
     # Experts, (E, out, in) in transformers 5, are published, and read by vLLM, as (E, in, out).
     experts = {n: p.transpose(1, 2) for n, p in weights.items() if ".experts." in n}
@@ -80,7 +79,7 @@ def logprobs(folder, model=None, dtype="float32"):
     return torch.tensor([x[t].logprob for t, x in zip(ids[1:], out.prompt_logprobs[1:])])
 
 def main(args):
-    folder, hub, repo = Path(args.checkpoint).resolve(), huggingface_hub.HfApi(), args.push_to_hub
+    folder, hub, repo = Path(args.checkpoint).resolve(), HfApi(), args.push_to_hub
     run = json.loads((folder.parents[1] / "config.json").read_text())
     base, dtype = run["model"], args.dtype or run["dtype"]
     out = Path(args.out or folder.parents[1] / "merged" / folder.name)
@@ -90,27 +89,24 @@ def main(args):
             args.force and (args.public or hub.repo_info(repo).private)):
         raise ValueError(f"{repo} exists: --force overwrites it; a public one needs --public, too")
     if not data.is_local(base):
-        base = huggingface_hub.snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
+        base = snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
     shutil.rmtree(aside := out.with_name(f"{out.name}.partial"), ignore_errors=True)
     model = read_checkpoint(folder, base)
     expected = logprobs(base, model)
     write(model, base, aside, dtype)
     del model  # before the next one comes
-    merged = AutoModelForImageTextToText.from_pretrained(aside, dtype=torch.float32)
-    found = {"transformers": logprobs(aside, merged)}
-    del merged
+    found = {"transformers": logprobs(aside, AutoModel.from_pretrained(aside, dtype=torch.float32))}
     if find_spec("vllm") and not args.skip_vllm:
         found["vLLM"] = logprobs(aside, dtype=dtype)
     for name, ours in found.items():
         gap, limit = (ours - expected).abs().mean().item(), LIMITS[name][dtype]
         print(f"log-probs of {name} and of the checkpoint differ by {gap:.2g}, limit {limit:g}")
         if not gap <= limit:
-            raise ValueError(f"{aside} gives {name} other log-probs: difference {gap:.3g}, limit "
-                             f"{limit:g}. Report it, with the versions of torch, {name}")
-    if out.exists():
-        shutil.rmtree(out)
+            raise ValueError(f"{name} reads other weights from {aside}: difference {gap:.3g}, limit"
+                             f" {limit:g}. Do not use it; compare the versions with requirements")
+    shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
-    print(f"{out} is a model in {dtype}")
+    print(f"{out} is the model of step {folder.name[-6:]} in {dtype}")
     if repo:
         hub.create_repo(repo, private=not args.public, exist_ok=True)
         hub.upload_folder(repo_id=repo, folder_path=out, delete_patterns="*.safetensors*")

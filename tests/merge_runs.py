@@ -1,0 +1,73 @@
+"""Small trained runs to merge, and what a model says of the responses in them."""
+
+import json
+import subprocess
+import sys
+
+import tiny_models
+import torch
+from data_fixtures import write_processor
+from ranks import ROOT, torchrun
+from transformers import AutoModelForImageTextToText
+
+CASES = {  # kind, tied embeddings, ranks that save it, settings of the run
+    "tied": ("qwen3_vl", True, 2, {}),
+    "untied, frozen vision": ("qwen3_vl", False, 2, {"freeze_vision": True}),
+    "qwen2.5": ("qwen2_5_vl", False, 2, {}),
+    "experts": ("qwen3_vl_moe", False, 3, {}),  # 4 experts on 3 ranks: the last one holds none
+}
+
+
+def model_folder(folder, kind, tied, **text):
+    """A random model with all that is published beside the weights. text: settings of its
+    language model."""
+    patch, name = (14, "Qwen2_5_VL") if kind == "qwen2_5_vl" else (16, "Qwen3VL")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_processor(folder, patch)
+    images = json.loads((folder / "preprocessor_config.json").read_text()) | {
+        "processor_class": f"{name}Processor", "image_processor_type": "Qwen2VLImageProcessorFast",
+        "video_processor_type": f"{name.replace('2_5_', '2')}VideoProcessor",
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / file).write_text(json.dumps(images))
+    config = tiny_models.config(kind, tied, vocab=336)
+    if kind == "qwen3_vl_moe":  # square experts would not show how they are laid out
+        text = {"moe_intermediate_size": 128} | text
+    config.text_config.update(text)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    for p in model.parameters():  # every tensor must matter: no norms of 1, no biases of 0
+        p.data += 0.1 * torch.randn_like(p) * (p.ndim == 1)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [2, 0], "do_sample": True, "temperature": 0.7, "top_k": 20}))
+    return folder
+
+
+def train(folder, kind, tied, ranks, settings):
+    """folder/model, folder/run (trained and saved by one rank) and folder/again (the same weights,
+    saved by `ranks`)."""
+    model = model_folder(folder / "model", kind, tied)
+    worker = ["tests/merge_worker.py", model, kind]
+    torchrun(1, *worker, folder / "run", json.dumps(settings))
+    torchrun(ranks, *worker, folder / "again", json.dumps(settings),
+             folder / "run/checkpoints/step_000100")
+    return folder
+
+
+def merge(checkpoint, *arguments, env=None, fails=False):
+    """merge.py as a user runs it -> what it prints or, if it fails, its one line."""
+    run = subprocess.run([sys.executable, "merge.py", checkpoint, *arguments], cwd=ROOT, env=env,
+                         capture_output=True, text=True, timeout=500)
+    assert (run.returncode != 0) == fails, run.stdout + run.stderr
+    if not fails:
+        return run.stdout
+    [line] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
+    assert "Traceback" not in run.stderr, run.stderr
+    return line
+
+
+def sequences(kind):
+    """(group, a response's ids) in the order of logprobs.json."""
+    return [(group, response["ids"]) for group in tiny_models.groups(tiny_models.processor(kind))
+            for response in group["responses"]]
