@@ -1,13 +1,11 @@
 """Pages and curves to look at. A page is one file, pictures included.
-
     python report.py RESULTS [--out page.html]  # scores and items of a results folder of eval.py
     python report.py rollouts OUT_DIR [--step N] [--out page.html]  # a run's groups; its last step
-    python report.py curve [LABEL=]OUT_DIR... [--x trained] [--out curve.png]  # a colour a label
-"""
+    python report.py curve [LABEL=]OUT_DIR... [--x trained] [--out curve.png]  # a colour a label"""
 import argparse
-import base64
 import io
 import json
+from base64 import b64encode
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,9 +25,7 @@ COUNTED = {"trained": "groups/kept", "generated": "groups/sampled"}  # times gro
 
 def read_lines(path):
     """The dicts of a .jsonl file, less a last one that is still being written."""
-    text, _, rest = path.read_text("utf-8", "replace").rpartition("\n")
-    if rest:
-        print(f"note: {path} ends in a half-written line, left out")
+    text = path.read_text("utf-8", "replace").rpartition("\n")[0]
     try:
         return json.loads("[" + text.replace("\n", ",\n") + "]")
     except ValueError as error:
@@ -68,14 +64,16 @@ def curve(runs, out, x="step"):
     figure.savefig(out, dpi=120)
 
 def results(folder):
-    """What to show of an evaluation: of a task the items with pictures, or else at most 20."""
-    tasks, endings = {}, ("", *(f"_{i}" for i in range(1, 10)))
+    """What to show of a task: items with pictures, and at most 20 errors; without any, 20 items."""
+    tasks, shown, endings = {}, {}, ("", *(f"_{i}" for i in range(1, 10)))
     for item in {item["id"]: item for item in read_lines(folder / "responses.jsonl")}.values():
         files = [folder / f"images/{item['task']}_{item['row']}{end}.jpg" for end in endings]
-        item["images"] = [file.read_bytes() for file in files if file.is_file()]
+        item["images"] = [b64encode(file.read_bytes()).decode() for file in files if file.is_file()]
         tasks.setdefault(item["task"], []).append(item)
-    shown = {item["id"]: item for items in tasks.values() for item in
-             [x for x in items if x["images"]] or items[::-(-len(items) // 20)]}
+    for items in tasks.values():
+        pictured = [x for x in items if x["images"]]
+        others = [x for x in items if x["error"] or not pictured]
+        shown |= {x["id"]: x for x in pictured + others[::len(others) // 20 + 1]}
     judged = [x for x in read_lines(folder / "judgements.jsonl") if x["id"] in shown]
     config, scores = (json.loads((folder / f"{x}.json").read_text()) for x in ("config", "scores"))
     return {"config": config, "scores": scores, "items": [*shown.values()], "judgements": judged}
@@ -88,7 +86,7 @@ def rollouts(folder, step):
     for file in sorted(folder.glob(f"rollouts/*_{step:06d}.jsonl")):
         split, groups = file.stem[:-7], read_lines(file)
         rows, where = data.read_rows(config["train_data" if split == "step" else "val_data"])
-        for group in groups[::-(-len(groups) // 100)]:
+        for group in groups[::len(groups) // 100 + 1]:
             row = rows[group["row"]] if group["row"] < len(rows) else {}
             if [row.get("problem"), row.get("solution")] != [group["prompt"], group["solution"]]:
                 raise ValueError(f"{file}: row {group['row']} of the data has changed, put it back")
@@ -99,7 +97,7 @@ def rollouts(folder, step):
                 image = data.decode({"bytes": file_bytes})
                 image.thumbnail((512, 512))
                 image.save(jpeg := io.BytesIO(), "JPEG", quality=85, subsampling=0)
-                group["images"].append(jpeg.getvalue())
+                group["images"].append(b64encode(jpeg.getvalue()).decode())
             items.append(group | {"split": split})
     if not items:
         raise ValueError(f"{folder}/rollouts has nothing of step {step}: give another --step")
@@ -119,10 +117,9 @@ if __name__ == "__main__":
         else:
             content = rollouts(Path(*folders), args.step) if command else results(Path(*folders))
             page = Path(__file__).with_name("assets").joinpath("report.html").read_text("utf-8")
-            text = json.dumps(content, default=lambda jpeg: base64.b64encode(jpeg).decode())
-            # Without "<" no text can end the <script> that it is put in.
-            page = page.replace("{{data}}", text.replace("<", "\\u003c"))
-            (args.out or Path(*folders, "page.html")).write_text(page, "utf-8")
+            text = json.dumps(content).replace("<", "\\u003c")  # no text can end its <script>
+            out = args.out or Path(*folders, "page.html")
+            out.write_text(page.replace("{{data}}", text), "utf-8")
     except (OSError, ValueError) as error:
         hint = ": give a run's out_dir, or results that eval.py has scored"
         raise SystemExit(f"error: {error}{hint * isinstance(error, OSError)}") from error

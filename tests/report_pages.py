@@ -20,7 +20,7 @@ ANSWERS = {"rad_vqa": ("Is there a pleural effusion?", None, "Yes, on the left."
            "medqa": ("A 20-day-old child is brought to the emergency department because of "
                      "lethargy and easy bruising. Which of the following is the most likely cause?",
                      ["Group B streptococcus infection", "Hepatitis B infection",
-                      "Vitamin K deficiency", EVIL], "Vitamin K deficiency")}
+                      None, "Vitamin K deficiency", EVIL], "Vitamin K deficiency")}
 RESPONSE = "<X_RAY><thinking>why</thinking><answer>the answer</answer>"
 PUBLISHED = {"MediX-R1-2B": 55.4, "MediX-R1-8B": 68.8, "MediX-R1-30B": 73.6}
 
@@ -37,8 +37,8 @@ def share(accuracy, n, unanswered=0, judge_failures=0):
 
 def write_results(folder):
     """A results folder: 45 items of each of three tasks, of which medqa has no images. By row:
-    0 an error, 1 unanswered, 2 a judge that failed, 3 hostile text, 4 two images, else in turn
-    right, wrong, half right; pictures of rows 0 to 9."""
+    0 an error, 1 unanswered, 2 a judge that failed at last, 3 hostile text, 4 two images, 6 equal
+    to the truth, 9 excluded, else in turn right, wrong, half right; pictures of rows 1 to 9."""
     responses, judgements, scores = [], [], {}
     (folder / "images").mkdir(parents=True)
     for task, (question, choices, answer) in ANSWERS.items():
@@ -47,22 +47,27 @@ def write_results(folder):
             said = answer if right else "Something else, most probably."
             text = (f"<X_RAY><thinking>The image shows what it shows. {row} reasons speak for it."
                     f"</thinking><answer>{said}</answer>")
-            text = {0: None, 1: "<X_RAY><thinking>It never ends", 3: EVIL + BROKEN}.get(row, text)
+            text = {0: "", 1: "<X_RAY><thinking>It never ends", 3: EVIL + BROKEN}.get(row, text)
             responses.append({
                 "id": name, "task": task, "row": row, "choices": choices, "answer": answer,
                 "question": question + (EVIL + BROKEN if row == 3 else ""), "response": text,
                 "finish_reason": "length" if row == 1 else "stop", "tokens": 40 + row,
                 "error": "prompt of 9000 tokens, at most 4352 fit" if row == 0 else None})
-            for k in range(3 if row > 1 else 0):
+            if row in (1, 6):  # decided without a judge
+                judgements.append({
+                    "id": name, "round": 0, "prompt": None, "reply": None, "error": None,
+                    "judge": "unanswered" if row == 1 else "equal", "verdict": float(row == 6)})
+            for k in range(3 if row > 1 and row != 6 else 0):
+                reply = EVIL if row == 3 else f"VERDICT {right} of {name}"
+                failed = (row, k) == (2, 2)
                 judgements.append({
                     "id": name, "round": k, "prompt": "Grade", "judge": "some/judge",
-                    "reply": None if row == 2 else EVIL if row == 3
-                    else f"VERDICT {right} of {name}",
-                    "verdict": None if row == 2 else right,
-                    "error": "HTTP 503 after 300 s" if row == 2 else None})
-            if row != 2:
-                scores[name] = right if row > 2 else 0.0
-            for ending in () if task == "medqa" or row > 9 else ("_1", "_2") if row == 4 else ("",):
+                    "reply": None if failed else reply, "verdict": None if failed else right,
+                    "error": "HTTP 503 after 300 s" if failed else None})
+            if row != 9:
+                scores[name] = right if row > 2 else 0.0  # 9 is excluded
+            drawn_twice = {"_1", "_2"} if row == 4 else {""}
+            for ending in drawn_twice if task != "medqa" and 0 < row < 10 else ():
                 picture = tiny.phantom(7, row, ending == "_2")["image"]
                 Image.fromarray(picture).resize((256, 256)).save(
                     folder / f"images/{task}_{row}{ending}.jpg")
