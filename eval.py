@@ -239,7 +239,7 @@ def vote(run, since, item, answer):
     return records
 
 def judge(run):
-    """judgements.jsonl, a line for each round; a judge's failures are errors, until a next start."""
+    """judgements.jsonl, a line a round; what a judge failed at is an error, until a next start."""
     old, jobs, last = tidy(run, "judgements"), [], run.rounds - 1
     done = {r["id"] for r in old if r["prompt"] is None or r["round"] == last}
     done -= {r["id"] for r in old if r["error"]}

@@ -1,0 +1,491 @@
+"""eval.py: the real pipeline on the tiny model, killed and restarted, with real judges over HTTP."""
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+import zipfile
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from judge_server import always, free_port, judge
+from PIL import Image
+from ranks import ROOT, torchrun
+
+import common
+import eval as evaluation
+
+SHARED = ROOT.parent / "shared" / "data"
+FILES = ("responses.jsonl", "judgements.jsonl", "scores.json", "scores.md")
+TINY = {"prompt_template": "{question}", "max_prompt_tokens": 2000, "max_response_tokens": 24,
+        "min_pixels": 4096, "max_pixels": 4096, "dtype": "float32", "engine": "torch",
+        "judge": "exact", "judge_check": False, "judge_patience_s": 0.5, "judge_timeout_s": 5.0}
+MORE = [{"id": f"q{i}", "question": f"Which is number {i}?", "choices": ["one", "two", "", "four"],
+         "answer_index": 1, "answer": "two"} for i in range(40)]
+
+
+def png(size=(40, 30), seed=0):
+    image = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(image).save(file := io.BytesIO(), "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def sources(start, tmp_path):
+    """data_dir with questions of text, and phantoms."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MORE))
+    return [f"--data_dir={tmp_path}/data", f"--tasks=phantom={start}/data@val,text",
+            f"--model={start}/model", f"--out_dir={tmp_path}/out"]
+
+
+def arguments(sources, **more):
+    return ["configs/eval.py", *(f"--{k}={v}" for k, v in (TINY | more).items()), *sources]
+
+
+@pytest.fixture
+def run(process_group, monkeypatch, tmp_path):
+    """Evaluate in this process -> the results' folder, and the exit's message or None."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        monkeypatch.setattr(common, "start", lambda: (0, 1, torch.device("cpu")))
+        monkeypatch.chdir(ROOT)
+        before, said = {*tmp_path.glob("out/*/")}, None
+        try:
+            evaluation.main()
+        except SystemExit as error:
+            said = str(error)
+        folders = sorted(tmp_path.glob("out/*/"), key=lambda f: (f not in before, f.stat().st_mtime))
+        return folders[-1] if folders else None, said
+    return call
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def scores(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_the_trainers(start, run, sources, tmp_path):
+    torchrun(2, "train_grpo.py", "configs/tiny.py", f"--model={start}/model", "--steps=1",
+             f"--train_data={start}/data@train", f"--val_data={start}/data@val",
+             "--val_temperature=0.0", f"--out_dir={tmp_path}/run")
+    groups = lines(tmp_path / "run/rollouts", "val_000000")
+    own = {g["row"]: g["responses"][0] for g in groups}
+    folder, said = run(*arguments([*sources, f"--tasks=phantom={start}/data@val"],
+                                  max_response_tokens=48, max_prompt_tokens=1024))
+    assert said is None
+    assert {r["row"]: r["response"] for r in lines(folder, "responses")} == {
+        row: response["text"] for row, response in own.items()}
+    right = [response["parts"]["judge"] for response in own.values()]
+    assert 0 < sum(right) < len(right) > 500
+    assert scores(folder)["tasks"]["phantom"]["accuracy"] == sum(right) / len(right)
+
+
+def test_files_and_fields(run, sources):
+    folder, said = run(*arguments(sources, page_items=3))
+    assert said is None and folder.name.startswith("tmp_")
+    responses, judged = lines(folder, "responses"), lines(folder, "judgements")
+    ids = [r["id"] for r in responses]
+    assert ids == [r["id"] for r in judged] and len({*ids}) == len(ids) == 552
+    assert ids[:2] == ["phantom/0", "phantom/1"] and ids[-1] == "text/39"  # by number, not by text
+    assert [*responses[0]] == ["id", "task", "row", "question", "choices", "answer", "response",
+                               "finish_reason", "tokens", "error"]
+    assert {*judged[0]} == {"id", "round", "prompt", "reply", "verdict", "judge", "error"}
+    assert responses[-1]["question"] == "Which is number 39?"
+    assert responses[-1]["choices"] == ["one", "two", "", "four"]
+    result = scores(folder)
+    assert [*result] == ["tasks", "micro", "macro", "published", "skipped", "protocol", "items"]
+    tasks, rows = result["tasks"], [*result["items"].values()]
+    assert {*tasks["text"]} == {"accuracy", "low", "high", "n", "unanswered", "judge_failures",
+                                "judge_agreement", "errors"}
+    assert [tasks[k]["n"] for k in ("phantom", "text")] == [512, 40]
+    assert result["micro"]["accuracy"] == pytest.approx(sum(rows) / 552) and len(rows) == 552
+    assert result["macro"]["accuracy"] == pytest.approx(
+        (tasks["phantom"]["accuracy"] + tasks["text"]["accuracy"]) / 2)
+    assert all(t["low"] <= t["accuracy"] <= t["high"] for t in tasks.values())
+    assert result["published"] == {"MediX-R1-2B": 55.4, "MediX-R1-8B": 68.8, "MediX-R1-30B": 73.6}
+    assert result["protocol"].startswith("not as published")
+    pictures = [*(folder / "images").iterdir()]
+    assert len(pictures) == 3 and all(p.name.startswith("phantom_") for p in pictures)
+    zipped, = folder.glob("*_model_submission.zip")
+    assert {*folder.iterdir()} == {folder / n for n in (*FILES, "config.json", "images")} | {zipped}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32" and "torch" in config["versions"]
+
+
+def test_other_settings_or_weights_have_another_folder(run, sources):
+    args = arguments([*sources, "--stages=score"])
+    folders = {run(*args, *more)[0] for more in (
+        (), ("--seed=2",), ("--votes=1",), ("--prompt=plain",), ("--judge_model=b",))}
+    assert len(folders) == 5
+    assert run(*args, "--judge_concurrency=3", "--page_items=1")[0] in folders  # change no result
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def test_killed_three_times(sources, run, tmp_path):
+    args = arguments(sources)
+    whole = contents(run(*args, f"--out_dir={tmp_path}/out")[0])
+    command = [sys.executable, "eval.py", *args, f"--out_dir={tmp_path}/killed"]
+    for lines_before in (30, 70, 200):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < end:
+            files = [*tmp_path.glob("killed/*/responses.*")]
+            with contextlib.suppress(FileNotFoundError):
+                if sum(f.read_bytes().count(b"\n") for f in files) >= lines_before:
+                    break
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    folder, = tmp_path.glob("killed/*/")
+    assert not (folder / "scores.json").exists(), "it was faster than the kill"
+    part = folder / "responses.part0"
+    part.write_bytes(part.read_bytes() + b'{"id": "phantom/500", "ta')  # a line cut short
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert contents(folder) == whole
+    assert not [*folder.glob("*.part*"), *folder.glob("*.new")]
+
+
+@pytest.mark.parametrize("name", ["responses", "judgements"])
+def test_cut_at_any_byte(run, sources, name):
+    args = arguments(sources)
+    folder, _ = run(*args)
+    whole, text = contents(folder), (folder / f"{name}.jsonl").read_bytes()
+    for cut in (0, 1, len(text) // 3, len(text) - 2):
+        (folder / f"{name}.jsonl").write_bytes(b"")
+        (folder / f"{name}.part0").write_bytes(text[:cut])
+        (folder / f"{name}.part1").write_bytes(text[:cut // 2])  # the same again, of another rank
+        run(*args)
+        assert contents(folder) == whole, cut
+
+
+def test_two_ranks_do_the_same(sources, run, tmp_path):
+    whole = contents(run(*arguments(sources))[0])
+    torchrun(2, "eval.py", *arguments(sources), f"--out_dir={tmp_path}/two")
+    folder, = tmp_path.glob("two/*/")
+    assert contents(folder) == whole
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer,index", [
+    ("B", 1), ("b.", 1), ("(B)", 1), ("B)", 1), ("Option B", 1), ("The answer is B.", 1),
+    ("The correct answer is: (b)", 1), ("B. Left lung", 1), ("**B. Left lung**", 1), ("Left lung", 1),
+    ("left  LUNG.", 1), ("B: left lung", 1), ("D", None), ("E", None), ("B. Heart", None),
+    ("B or C", None), ("A heart", None), ("a left lung", None), ("", None), ("A, B", None),
+    ("lung", None), ("C. none of these", 2), ("b. left lung is right", None)])
+def test_stated_option(answer, index):
+    choices = ["Heart", "Left lung", "None of these.", "", "none of these"][:4]
+    assert evaluation.stated_option(answer, choices) == index
+
+
+def test_an_option_that_is_a_letter():
+    assert evaluation.stated_option("B", ["AB", "A", "B", "0"]) is None  # blood group, or letter?
+    assert evaluation.stated_option("AB", ["AB", "A", "B", "0"]) == 0
+
+
+def decide(response, judge="http", rating=False, **item):
+    item = {"task": "t", "index": None, "choices": None, "answer": "left lung"} | item
+    run = type("Run", (), {"tasks": {"t": {"rating": rating}}, "cfg": type("C", (), {"judge": judge})})
+    return evaluation.decide(run, item, response)
+
+
+def test_decide():
+    choices = {"choices": ["heart", "left lung"], "index": 1}
+    assert decide("<thinking>it is B, left lung")[1:] == (0.0, "unanswered")
+    assert decide("<think>it is left lung")[1:] == (0.0, "unanswered")
+    assert decide("")[1:] == (0.0, "unanswered")
+    assert decide("<think>heart</think>left lung")[1:] == (1.0, "equal")
+    assert decide("Left lung.")[1:] == (1.0, "equal")
+    assert decide("Left lung.", rating=True)[1:] == (5.0, "equal")
+    assert decide("<X_RAY><thinking>a</thinking><answer>the lung</answer>") == (
+        "the lung", None, "exact")
+    assert decide("the lung", judge="exact")[1:] == (0.0, "exact")
+    assert decide("<thinking>a</thinking><answer>B</answer>", **choices)[1:] == (1.0, "option")
+    assert decide("A", **choices)[1:] == (0.0, "option")
+    assert decide("It may be the left lung", **choices)[1] is None
+    assert decide("x" * 5000)[1] is None  # the limit of training is no limit here
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(run, sources):
+    """Results whose responses are made up; tell() sets the texts."""
+    def tell(*texts, **more):
+        args = arguments([*sources, "--tasks=text"], judge="http", **more)
+        folder, _ = run(*args, "--stages=generate")
+        records = lines(folder, "responses")
+        for record in records:
+            record["response"] = texts[record["row"] % len(texts)]
+        common.write_lines(folder / "responses.jsonl", records)
+        return folder, args
+    return tell
+
+
+def test_votes(answers, run):
+    turns = {}
+
+    def rule(question, truth, answer):
+        turns[question] = turns.get(question, 0) + 1
+        return "NO" if answer == "contested" and turns[question] == 2 else (
+            "NO" if answer == "wrong" else "YES")
+
+    with judge(rule=rule) as server:
+        folder, args = answers("contested", "wrong", "B", "two", judge_url=server.url)
+        assert run(*args)[1] is None
+        judged = [r for r in lines(folder, "judgements") if r["prompt"]]
+        assert len(judged) == 60 == len(server.requests) - 1
+        assert [r["round"] for r in judged[:4]] == [0, 1, 2, 0]
+        assert judged[0]["judge"] == "Qwen/Qwen3-14B" and "contested" in judged[0]["prompt"]
+        assert server.requests[1].truth == "B. two"
+        assert "A. one\nB. two\nD. four" in server.requests[1].question
+        seeds = {(r.body["seed"], r.body["temperature"]) for r in server.requests[1:]}
+        assert seeds == {(1, 0.7), (2, 0.7), (3, 0.7)}
+        row = scores(folder)["tasks"]["text"]
+        assert row["accuracy"] == 0.75
+        assert row["judge_agreement"] == 0.5  # 10 of the 20 that were voted on
+        before = len(server.requests)
+        run(*args)
+        assert len(server.requests) == before, "a judgement was asked for twice"
+
+
+def test_a_judge_that_fails(answers, run):
+    with judge() as server:
+        folder, args = answers("nobody knows", "B", judge_url=server.url, votes="1")
+        server.script = iter(["ok", *["say:perhaps"] * 500])
+        _, said = run(*args)
+        row = scores(folder)["tasks"]["text"]
+        assert "20 failed" in said and row["judge_failures"] == 20 and row["accuracy"] == 0.5
+        failed = [r for r in lines(folder, "judgements") if r["error"]]
+        assert len(failed) == 20 and failed[0]["verdict"] is None
+        assert "perhaps" in failed[0]["error"]
+        server.script = always("say:yes")
+        assert run(*args)[1] is None, "what has failed is asked again"
+        assert scores(folder)["tasks"]["text"]["accuracy"] == 1.0
+        assert len(lines(folder, "judgements")) == 40
+
+
+@pytest.fixture
+def talking_judge():
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "tests/eval_judge.py", str(port), "0"], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    yield f"http://127.0.0.1:{port}/v1"
+    process.kill()
+
+
+def test_the_original_conversation(answers, run, talking_judge):
+    folder, args = answers("changes its mind", "wrong", judge_url=talking_judge, votes="original")
+    assert run(*args)[1] is None
+    judged = lines(folder, "judgements")
+    assert [r["verdict"] for r in judged[:6]] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [r["prompt"] == judged[1]["prompt"] for r in judged[:3]] == [False, True, True]
+    assert scores(folder)["micro"]["accuracy"] == 0.0
+
+
+def test_reports_are_rated(run, sources, talking_judge, tmp_path, start):
+    data_dir = tmp_path / "data"
+    (data_dir / "mimic_cxr_report_summarization.jsonl").write_text("".join(
+        json.dumps({"report": f"{i} is seen", "summary": f"{i}"}) + "\n" for i in range(4)))
+    args = arguments([*sources, "--tasks=mimic_cxr_report_summarization"], judge="http",
+                     judge_url=talking_judge, submit_as="org/My-Model.1")
+    folder, said = run(*args)
+    assert said is None
+    judged = [r for r in lines(folder, "judgements") if r["prompt"]]
+    assert {r["verdict"] for r in judged} <= {4.0} and "0 to 5" in judged[0]["prompt"]
+    items = scores(folder)["items"]
+    assert {items[r["id"]] for r in judged} == {0.8}
+    with zipfile.ZipFile(next(folder.glob("*.zip"))) as file:
+        marks = [json.loads(x)["evaluation"]["score"]
+                 for x in file.read("My_Model_1/My_Model_1_eval.jsonl").splitlines()]
+    assert marks == [5 * x for x in items.values()]
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_items_that_cannot_be_asked(run, sources, tmp_path):
+    rows = [{"id": str(i), "question": "What?" if i != 2 else "What? " * 3000, "answer": "a heart",
+             "choices": None, "answer_index": None, "image": f"{i}.png"} for i in range(4)]
+    (tmp_path / "data/own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in (0, 2, 3):
+        (tmp_path / f"data/{i}.png").write_bytes(png() if i < 3 else b"no image")
+    folder, said = run(*arguments([*sources, "--tasks=own"]))
+    assert "2 failed" in said or "3 failed" in said
+    errors = {r["id"]: r["error"] for r in lines(folder, "responses")}
+    assert errors["own/0"] is None and "max_prompt_tokens=2000" in errors["own/2"]
+    assert "1.png" in errors["own/1"] and "image: UnidentifiedImageError" in errors["own/3"]
+    assert scores(folder)["tasks"]["own"] == scores(folder)["tasks"]["own"] | {
+        "errors": 3, "n": 4, "accuracy": 0.0}
+    (tmp_path / "data/1.png").write_bytes(png())
+    (tmp_path / "data/3.png").write_bytes(png())
+    assert "1 failed" in run(*arguments([*sources, "--tasks=own"]))[1]
+    assert scores(folder)["tasks"]["own"]["errors"] == 1
+
+
+def test_a_data_set_that_is_missing(run, sources, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder, said = run(*arguments([*sources, "--tasks=text,rad_vqa"]))
+    assert said is None and [*scores(folder)["tasks"]] == ["text"]
+    assert "hf download --repo-type dataset flaviagiammarino/vqa-rad" in (
+        scores(folder)["skipped"]["rad_vqa"])
+
+
+@pytest.mark.parametrize("change,words", [
+    ("--tasks=medqua", ["medqua", "medqa"]), ("--votes=0", ["votes", "original"]),
+    ("--prompt=trian", ["prompt", "plain"]), ("--stages=score", ["generate and judge"])])
+def test_mistakes(run, sources, change, words):
+    _, said = run(*arguments([*sources, change]))
+    assert said.startswith("error: ") and all(word in said for word in words), said
+
+
+def test_physionet_needs_an_account_and_no_other_site_gets_it(monkeypatch):
+    cfg = common.load_config(evaluation.defaults, ["configs/eval.py"])
+    fetch = cfg.benchmarks["mimic_cxr_report_generation"]["fetch"]
+    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.delenv("PHYSIONET_UNAME", raising=False)
+    with pytest.raises(ValueError, match="PHYSIONET_UNAME"):
+        fetch("https://physionet.org/files/a.jpg")
+    with pytest.raises(ValueError, match="no password"):
+        fetch("https://physionet.org.example.com/a.jpg")
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def test_the_17_tasks():
+    cfg = common.load_config(evaluation.defaults, ["configs/eval.py"])
+    count = {}
+    for group in ("llm", "vlm", "all", "mmmu_medical"):
+        cfg.tasks = group
+        count[group] = len(evaluation.find_tasks(cfg))
+    assert count == {"llm": 11, "vlm": 6, "all": 17, "mmmu_medical": 1}
+
+
+def test_rows_of_the_original_data_sets():
+    tasks = common.load_config(evaluation.defaults, ["configs/eval.py"]).benchmarks
+    item = tasks["pubmedqa"]["item"]({
+        "CONTEXTS": ["one", "two"], "QUESTION": "So?", "final_decision": "no", "LONG_ANSWER": "As"})
+    assert item == {"question": "Contexts:\none\ntwo\n\nQuestion:\nSo?", "index": 1,
+                    "choices": ["yes", "no", "maybe"], "answer": "no\nAs"}
+    item = tasks["mmmu_medical"]["item"]({
+        "question": "<image 1> or <image 2>?", "options": "['a', \"b's\"]", "answer": "B"})
+    assert item == {"question": "<image 1> or <image 2>?", "choices": ["a", "b's"], "index": 1}
+    item = tasks["usmle_sa"]["item"]({"question": "?", "answer": "y", "options": {
+        "A": "x", "B": None, "C": "y"}})
+    assert item["index"] == 2 and evaluation.ask_text(item) == "?\n\nChoices:\nA. x\nC. y"
+    assert tasks["slake_vqa"]["where"]({"q_lang": "zh"}) is False
+
+
+def test_several_images_of_a_row(run, sources, tmp_path):
+    rows = [{"id": "a", "question": "Same?", "image_1": {"bytes": png()}, "image_2": {
+        "bytes": png(seed=1)}, "image_3": None, "options": "['yes', 'no']", "answer": "A",
+        "question_type": "multiple-choice"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data/mmmu_medical.parquet")
+    folder, said = run(*arguments([*sources, "--tasks=mmmu_medical"]))
+    assert said is None and lines(folder, "responses")[0]["answer"] == "yes"
+    assert sorted(p.name for p in (folder / "images").iterdir()) == [
+        "mmmu_medical_0_1.jpg", "mmmu_medical_0_2.jpg"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not here")
+def test_all_shared_files_are_read():
+    cfg = common.load_config(evaluation.defaults, ["configs/eval.py", f"--data_dir={SHARED}/eval"])
+    cfg.tasks = ",".join(f.stem for f in sorted((SHARED / "eval").glob("*.jsonl")))
+    for name, task in evaluation.find_tasks(cfg).items():
+        items = evaluation.read_task(cfg, name, task)["items"]
+        raw = [json.loads(x) for x in (SHARED / f"eval/{name}.jsonl").read_text().splitlines()]
+        assert len(items) == len(raw)
+        for item, row in zip(items, raw):
+            assert item["choices"][item["index"]] == row["answer"]
+            assert all(text in item["question"] for text in row.get("contexts", []))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not here")
+def test_real_images(run, sources, tmp_path):
+    table = pq.read_table(SHARED / "medix_real_test.parquet")
+    rows = [row for row in table.to_pylist() if row["source"] == "vqa_rad"]
+    file = tmp_path / "data/vqa.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    folder, said = run(*arguments([*sources, "--tasks=vqa"], max_response_tokens=4))
+    assert said is None and scores(folder)["micro"]["n"] == len(rows) > 50
+    assert len([*(folder / "images").iterdir()]) == 20
+
+
+# --- submission, comparison, contamination --------------------------------------------------------
+
+
+def test_submission(run, sources):
+    folder, _ = run(*arguments(sources, submit_as="MBZUAI/MediX-R1.5-2B"))
+    with zipfile.ZipFile(folder / "03ff1f76_MediX_R1_5_2B_submission.zip") as file:
+        name = "MediX_R1_5_2B"
+        assert file.namelist() == [f"{name}/{name}{end}" for end in (
+            ".jsonl", "_eval.jsonl", "_score.txt")]
+        plain, judged, table = (file.read(n).decode() for n in file.namelist())
+    plain, judged = ([json.loads(x) for x in text.splitlines()] for text in (plain, judged))
+    assert [*plain[0]] == ["id", "question", "answer", "response", "answer_idx"]
+    assert [p | {"evaluation": j["evaluation"]} for p, j in zip(plain, judged)] == judged
+    assert {json.dumps(j["evaluation"]) for j in judged} == {'{"score": 0}', '{"score": 1}'}
+    assert plain[-1]["id"] == "text_39" and plain[-1]["question"] == (
+        "Which is number 39?\n\nChoices:\nA. one\nB. two\nD. four")
+    rows = table.split("\n")
+    assert rows[:2] == ["Model: MBZUAI/MediX-R1.5-2B", ""]
+    assert rows[2].split() == ["Task", "Accuracy", "Accuracy", "(%)"]
+    accuracy = scores(folder)["tasks"]["phantom"]["accuracy"]
+    assert rows[3].split() == ["0", "phantom", f"{accuracy:.6f}", f"{100 * accuracy:.2f}%"]
+    overall = 100 * scores(folder)["macro"]["accuracy"]
+    assert rows[5].split() == ["2", "Overall", f"{overall:.6f}", f"{overall:.2f}%"]
+
+
+def test_compare(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    old = {f"{task}/{i}": float(rng.random() < 0.5) for task in "xy" for i in range(200)}
+    new = {k: 1.0 if k[0] == "x" else v for k, v in old.items()} | {"z/0": 1.0}
+    for name, items in (("a", old), ("b", new)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps({"items": items}))
+    run("compare", tmp_path / "a", tmp_path / "b")
+    first, _, *rows = capsys.readouterr().out.strip().split("\n")
+    assert "400 items in both, 400 in A, 401 in B" in first
+    table = {row.split()[0]: list(map(float, row.split()[1:])) for row in rows}
+    wrong = 1 - np.mean([v for k, v in old.items() if k[0] == "x"])
+    assert table["x"][0] == pytest.approx(wrong, abs=1e-4) and table["x"][1] > 0.4
+    assert table["y"] == [0, 0, 0, 200] and table["all"][0] == pytest.approx(wrong / 2, abs=1e-4)
+
+
+def test_overlap(run, sources, tmp_path, start):
+    val = datasets.Dataset.from_parquet(f"{start}/data/val.parquet").to_list()[:30]
+    train = [{k: row[k] for k in ("problem", "solution", "image")} for row in val[:10]]
+    train.append({"problem": "which is NUMBER 3?", "solution": "<OTHER> x", "image": []})
+    datasets.Dataset.from_list(train).to_parquet(tmp_path / "train.parquet")
+    args = arguments([*sources, f"--train={tmp_path}/train.parquet"])
+    run("overlap", *args)
+    found = json.loads((tmp_path / "out/overlap.json").read_text())
+    assert found["items"]["text/3"].split() == ["question"] and "text/4" not in found["items"]
+    assert all("image" in found["items"][f"phantom/{i}"] for i in range(10))
+    same = [i for i, why in found["items"].items() if why.split() == ["question"]]
+    assert len(same) > 20 and {*same} & {*found["exclude"]} == {"text/3"}  # phantoms: another image
+    folder, _ = run(*args, f"--exclude={tmp_path}/out/overlap.json")
+    assert not {*found["exclude"]} & {*scores(folder)["items"]}
+    assert scores(folder)["micro"]["n"] == 552 - len(found["exclude"])
