@@ -29,7 +29,7 @@ def hub(repos):
 
         def do_GET(self):
             if self.repo() is None:
-                return self.answer(404)
+                return self.answer(404, {"error": "Repository not found"})
             if "/tree/" in self.path:
                 files = self.repo()["files"]
                 return self.answer(200, [{"type": "file", "path": p, "oid": "0", "size": len(x)}

@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
             folder = made[case] = tmp_path_factory.mktemp("run")
             merge_runs.train(folder, *CASES[case])
             for run in ("run", "again"):
-                print(merge(folder / run / STEP, "--skip-vllm"))
+                merged(folder / run)
         return made[case]
 
     return get
@@ -394,3 +394,40 @@ def test_a_public_repository_needs_public(run):
     assert not repos["me/model"]["files"] and not (run / "merged").exists()
     push(run, repos, "--force", "--public")
     assert "model.safetensors" in repos["me/model"]["files"]
+
+
+# --- vLLM -----------------------------------------------------------------------------------------
+
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def vllm_worker(*command):
+    return subprocess.run([sys.executable, "tests/merge_vllm.py", *map(str, command)], cwd=ROOT,
+                          env=os.environ | VLLM, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("case", ["tied", "qwen2.5", "experts"])
+def test_vllm_loads_what_was_trained(case, runs, tmp_path):
+    """By merge.py itself, on its own prompt, and on the trainer's prompts and responses."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    run, kind = runs(case) / "run", CASES[case][0]
+    said = merge(run / STEP, "--out", tmp_path / "out", env=os.environ | VLLM)
+    gap = float(re.search(r"log-probs of vLLM .* differ by (\S+), limit 0.001", said)[1])
+    assert gap < 1e-5
+    worker = vllm_worker("logprobs", tmp_path / "out", kind, tmp_path / "found.json")
+    assert worker.returncode == 0, worker.stderr[-3000:]
+    ours = sorted(json.loads((tmp_path / "found.json").read_text()))
+    theirs = trained_logprobs(run)
+    gaps = [abs(a - b) for a, b in zip(ours, theirs)]
+    print(f"mean {sum(gaps) / len(gaps):.2g}, max {max(gaps):.2g}")
+    assert len(ours) == len(theirs) and max(gaps) < 1e-4 and sum(gaps) / len(gaps) < 1e-5
+
+
+@pytest.mark.vllm
+def test_vllm_is_asked_as_transformers_reads_both_layouts(runs, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    worker = vllm_worker("unpublished", runs("experts") / "run" / STEP, tmp_path / "out")
+    assert re.search("log-probs of transformers .* limit 1e-05", worker.stdout), worker.stderr
+    assert worker.returncode and not (tmp_path / "out").exists()
