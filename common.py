@@ -30,10 +30,11 @@ RULES = """updates_per_step > 0; tensor_parallel > 0; overlong_buffer_tokens <= 
     tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens; ranks % tensor_parallel == 0
     engine == 'vllm' or tensor_parallel == 1 and not engine_args; loss_mean in ('token', 'sequence')
     keep in ('correctness', 'reward', 'medix'); prompts_per_step % updates_per_step == 0
-    loss in ('grpo', 'gspo', 'cispo'); dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch')
-    prompts_per_step >= ranks; max_response_tokens > 0; log in ('', 'wandb'); keep_checkpoints > 0
-    judge_timeout_s > 0; steps + epochs > 0; validate_every > 0; learning_rate > 0; temperature > 0
-    max_grad_norm > 0; group_size > 1; save_every > 0; max_rounds > 0"""
+    loss in ('grpo', 'gspo', 'cispo'); model and train_data and val_data; prompts_per_step >= ranks
+    dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch'); max_response_tokens > 0
+    log in ('', 'wandb'); keep_checkpoints > 0; judge_timeout_s > 0; steps + epochs > 0
+    validate_every > 0; learning_rate > 0; max_grad_norm > 0; temperature > 0; group_size > 1
+    save_every > 0; max_rounds > 0"""
 
 def load_config(defaults, argv):
     """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
@@ -67,8 +68,6 @@ def check(cfg, ranks):
     for name, value in settings.items():
         if type(value) in (int, float) and value < 0:
             raise ValueError(f"{name}={value} must not be below 0")
-        if name in ("model", "train_data", "val_data") and not value:
-            raise ValueError(f"{name} is not set: add it to the config, or --{name}=")
     for rule in re.split(r"[;\n] *", RULES):  # some are about settings of train_dapo.py only
         if rule.split()[0] in settings and not eval(rule, {}, settings):  # our text, no user's
             names = [name for name in re.findall(r"[a-z_]+", rule) if name in settings]
@@ -77,7 +76,7 @@ def check(cfg, ranks):
 
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
-    time.sleep(5 if int(os.environ.get("RANK", 0)) else 0)
+    time.sleep(10 if int(os.environ.get("RANK", 0)) else 0)
     raise SystemExit(f"error: {' '.join(str(error).split())}")
 
 def start():
@@ -92,6 +91,21 @@ def start():
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                             timeout=datetime.timedelta(hours=2), **alone)  # a judge may be slow
     return dist.get_rank(), dist.get_world_size(), device
+
+def print_arithmetic(run):
+    """Say in numbers what the settings mean."""
+    cfg, size, updates = run.cfg, run.cfg.group_size, run.cfg.updates_per_step
+    for name, rows in (("train", run.train), ("val", run.val)):
+        print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
+              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
+        print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
+    if leaked := len(set(run.train.hashes) & set(run.val.hashes)):
+        print(f"warning: {leaked} of the val questions, images included, are in train, too")
+    responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
+    print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
+          f"{run.world} ranks; {updates} updates of {responses // updates} responses")
+    print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
+          f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
 
 def gather(value):
     """Every rank's value, in rank order."""

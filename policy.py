@@ -56,11 +56,20 @@ def load(cfg, device, trainable=True):
         dist.broadcast(buffer.copy_(buffers.get(name, buffer)), 0)
     return model
 
+def deal(groups, rank, world):
+    """This rank's share of the groups: the longest first, each to the rank with the least work."""
+    work, mine = [0] * world, []  # in tokens; the prompt counts once
+    sized = [(len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]), g) for g in groups]
+    for tokens, group in sorted(sized, key=lambda item: -item[0]):
+        least = work.index(min(work))
+        work[least] += tokens
+        mine += [group] if least == rank else []
+    return mine
+
 def build_rows(model, groups, tokens_per_row):
-    """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first.
-    groups: dicts of ids (L), images ((h, w, 3) uint8), grid ((1, h, w) in patches) and responses
-    (dicts of ids, logprobs, advantage; what does not fit goes into a row that repeats the prompt).
-    All ranks get as many rows: rows of weight 0 are added where there are fewer."""
+    """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first; responses
+    beyond that go into a row that repeats the prompt; rows of weight 0 fill up to as many as other
+    ranks have. groups: dicts of ids, images ((h, w, 3) uint8), grid, responses (dicts of ids, ...)."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
         for i, response in enumerate(group["responses"]):
@@ -80,9 +89,9 @@ def build_rows(model, groups, tokens_per_row):
     return rows + [_tensors(model, [(0, *idle)]) | {"weight": 0.0}] * (int(count) - len(rows))
 
 def _tensors(model, pieces):
-    """A row: input_ids (1, T), position_ids (4, 1, T), text positions, then mRoPE; segments
-    [(L, [R, ...])]; images, grid (n, 3); sources (N,), where each response token is predicted, and
-    targets (N,); mask and engine logprobs (B, R), advantage (B, 1); members: responses; weight."""
+    """A row: input_ids (1, T), position_ids (4, 1, T): text, then mRoPE; segments [(L, [R, ...])];
+    images, grid (n, 3); sources (N,), where a response token is predicted, targets (N,); mask,
+    engine logprobs (B, R), advantage (B, 1); members, the responses; weight."""
     config, vision = model.config, model.config.vision_config
     ids, positions, sources = [], [], []
     for _, group, members in pieces:
@@ -241,9 +250,8 @@ def _flush(*paths):
         os.close(handle)
 
 def save_checkpoint(root, step, model, optimizer, state, keep):
-    """Write root/step_000100 (safetensors shards, state.json, manifest.json), then move `latest`.
-    Written aside, flushed (shards by their writer) and renamed: `latest` is whole whenever a crash
-    comes. Then all but the newest `keep` and step state["best"][0] go. state: JSON values."""
+    """Write root/step_000100 aside, flush, rename, then move `latest`: whole whenever it crashes.
+    All but the newest `keep` and step state["best"][0] are removed. state: JSON values."""
     name, aside = f"step_{step:06d}", Path(root, f"step_{step:06d}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)  # of a crash

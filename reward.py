@@ -168,7 +168,6 @@ def post(judge, body):
 
 def settle(answer, truth):
     """0.0 or 1.0 where nobody has to be asked whether the answer is right, else None."""
-    # MediX-R1 has no limit: a long answer can list everything, or sway a judge.
     if answer is None or len(answer) > max(400, 4 * len(truth)) or not normalise(answer):
         return 0.0
     return 1.0 if normalise(answer) == normalise(truth) else None

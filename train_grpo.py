@@ -25,10 +25,9 @@ defaults = dict(
     train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
     prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
     out_dir="out/grpo", seed=1, steps=0, epochs=2,  # steps = 0: as many as the epochs need
-    prompts_per_step=512, group_size=5, updates_per_step=4,
+    prompts_per_step=512, group_size=5, updates_per_step=4, val_prompts=0,  # 0: all of val_data
     max_prompt_tokens=4352, max_response_tokens=4096, tokens_per_micro_batch=16384,
     min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
-    max_bad_rows=0.01, val_prompts=0,  # a share of the rows; 0: all of val_data
     temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
     learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
     loss="grpo", loss_mean="token",  # "grpo", "gspo" or "cispo"; mean over "token" or "sequence"
@@ -41,7 +40,7 @@ defaults = dict(
     judge_model="Qwen/Qwen3-4B-Instruct-2507", judge_api_key_env="",  # the name of a variable
     judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
     judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
-    max_unscored=0.05,  # a share of the responses; more stops the run, saved
+    max_bad_rows=0.01, max_unscored=0.05,  # shares, of the rows, of responses; more stops the run
     embedder="abhinand/MedEmbed-large-v0.1", embed_threshold=0.8, embed_soft=False,  # or "ngram"
     weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
     validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="",  # or "wandb"
@@ -63,7 +62,7 @@ def set_up(cfg):
     run.val_rows = [run.val.keep[i] for i in data.order(n, 0, 0, n)[:cfg.val_prompts or n]]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     if run.rank == 0:
-        print_arithmetic(run)
+        common.print_arithmetic(run)
     latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
     run.dashboard = run.rank == 0 and common.dashboard(cfg)
     run.model = policy.load(cfg, run.device)
@@ -74,26 +73,13 @@ def set_up(cfg):
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
     patches = partial(data.patches, processor=run.processor, device=run.device)
     run.engine = rollout.load(cfg, run.device, patches)
+    run.logprobs = lambda model, row: policy.logprobs(
+        model, row, patches(row["images"]), cfg.temperature, run.engine.banned)
     run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None}
     if latest:
         run.state |= policy.load_checkpoint(latest, run.model, run.optimizer)
     run.saved = run.state["step"]
     return run
-
-def print_arithmetic(run):
-    """Say in numbers what the settings mean."""
-    cfg, size, updates = run.cfg, run.cfg.group_size, run.cfg.updates_per_step
-    for name, rows in (("train", run.train), ("val", run.val)):
-        print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
-              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
-        print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
-    if leaked := len(set(run.train.hashes) & set(run.val.hashes)):
-        print(f"warning: {leaked} of the val questions, images included, are in train, too")
-    responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
-    print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
-          f"{run.world} ranks; {updates} updates of {responses // updates} responses")
-    print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
-          f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
 
 def sample(run, split, rows, key, first=0, **sampling):
     """Groups for rows[first:] from all ranks, in this order: prompts, less their images, with
@@ -144,7 +130,6 @@ def add_advantages(groups):
         scored = None not in rewards
         advantages = objective.group_advantages(torch.tensor([[x or 0.0 for x in rewards]]))[0]
         advantages *= scored
-        group["tokens"] = len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
         group |= {"scored": scored, "kept": bool(advantages.any())}
         for r, advantage in zip(group["responses"], advantages.tolist()):
             r["advantage"] = advantage
@@ -156,12 +141,8 @@ def plan_update(run, groups):
     trained = [g for g in scored if g["kept"] or run.cfg.kl_coef]
     lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
     update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
-    work, mine = [0] * run.world, []  # in tokens; the longest group first, to who has the least
-    for group in sorted(trained, key=lambda g: -g["tokens"]):
-        rank = work.index(min(work))
-        work[rank] += group["tokens"]
-        mine += [group] if rank == run.rank else []
     if trained:
+        mine = policy.deal(trained, run.rank, run.world)
         prompts = run.threads.map(lambda group: data.prompt(run.train, group["row"]), mine)
         mine = [group | prompt for group, prompt in zip(mine, prompts)]  # with images again
         update.rows = policy.build_rows(run.model, mine, run.cfg.tokens_per_micro_batch)
@@ -170,8 +151,7 @@ def plan_update(run, groups):
 def backward(run, update, row):
     """Add a row's gradient; returns its sums for the log."""
     cfg = run.cfg
-    logprobs, entropy = policy.logprobs(run.model, row, run.engine.patches(row["images"]),
-                                        cfg.temperature, run.engine.banned)
+    logprobs, entropy = run.logprobs(run.model, row)
     old_logprobs = row.setdefault("old_logprobs", logprobs.detach())
     advantages, engine_logprobs, mask = (
         row[k].to(logprobs.device) for k in ("advantage", "logprobs", "mask"))
@@ -234,8 +214,7 @@ def train(run, groups):
     for key, model in passes.items():
         with common.timed(run.times, key), torch.no_grad():
             for row in (row for update in updates for row in update.rows):
-                row[key], _ = policy.logprobs(model, row, run.engine.patches(row["images"]),
-                                              cfg.temperature, run.engine.banned)
+                row[key], _ = run.logprobs(model, row)
     done, norms, metrics = [], [], {}
     with common.timed(run.times, "update"):
         for update in [u for u in updates if u.rows]:  # no group to learn from: no step

@@ -11,6 +11,7 @@ Saves for each case {"gradient": {name: tensor}, "sums": what the trainer logs, 
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import tiny_models
@@ -32,7 +33,6 @@ def make_groups(one_image):
         for i, r in enumerate(group["responses"]):
             r["logprobs"] = (-4 + 0.1 * torch.randn(len(r["ids"]), generator=generator)).tolist()
             r["advantage"] = 0.0 if slot == 3 else (-1) ** i * (1 + 0.1 * slot + 0.05 * i)
-        group["tokens"] = len(group["ids"]) + sum(len(r["ids"]) for r in group["responses"])
         group |= {"row": slot, "slot": slot, "scored": True, "kept": slot != 3}
         if one_image and slot:
             group |= {
@@ -60,11 +60,10 @@ def gradient(model, reference, rank, world, options):
         train=make_groups(options.get("one_image")),
         model=model,
         reference=reference,
-        engine=SimpleNamespace(
-            banned=tiny_models.BANNED,
-            patches=lambda images: data.patches(images, tiny_models.processor("qwen3_vl")),
-        ),
     )
+    patches = partial(data.patches, processor=tiny_models.processor("qwen3_vl"))
+    run.logprobs = lambda model, row: policy.logprobs(  # as set_up() does it
+        model, row, patches(row["images"]), run.cfg.temperature, tiny_models.BANNED)
     update = train_grpo.plan_update(run, [g | {"images": None} for g in run.train])
     for row in update.rows if options.get("old") == "noise" else []:
         row["old_logprobs"] = row["logprobs"]
@@ -73,8 +72,7 @@ def gradient(model, reference, rank, world, options):
     for key, other in passes.items():  # as train() does it
         for row in update.rows:
             with torch.no_grad():
-                row[key], _ = policy.logprobs(other, row, run.engine.patches(row["images"]),
-                                              run.cfg.temperature, run.engine.banned)
+                row[key], _ = run.logprobs(other, row)
     sums = [train_grpo.backward(run, update, row) for row in update.rows]
     result = {
         "sums": common.total({k: sum(s[k] for s in sums) for k in sums[0]}),

@@ -96,9 +96,9 @@ def test_unknown_choice(refusal, name):
 
 
 WRONG = [
-    ({"model": ""}, ["model is not set", "--model="]),
-    ({"train_data": ""}, ["train_data is not set", "--train_data="]),
-    ({"val_data": ""}, ["val_data is not set", "--val_data="]),
+    ({"model": ""}, ["model=''", "model and train_data and val_data"]),
+    ({"train_data": ""}, ["train_data=''"]),
+    ({"val_data": ""}, ["val_data=''"]),
     ({"group_size": 1}, ["group_size=1", "group_size > 1"]),
     ({"prompts_per_step": 6, "updates_per_step": 4},
      ["prompts_per_step=6", "updates_per_step=4", "prompts_per_step % updates_per_step == 0"]),

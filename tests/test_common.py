@@ -90,7 +90,7 @@ def test_unknown_names_and_files(tmp_path):
 # --- stop -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, waits", [(None, 0), ("0", 0), ("1", 5), ("7", 5)])
+@pytest.mark.parametrize("rank, waits", [(None, 0), ("0", 0), ("1", 10), ("7", 10)])
 def test_stop(monkeypatch, rank, waits):
     """Rank 0 speaks at once. The others wait: where all meet the mistake, torchrun ends them
     meanwhile, and one that met it alone still says it."""

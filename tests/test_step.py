@@ -123,10 +123,10 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
 
 
 def test_validation_rows_that_are_trained_on_are_said(run, capsys):
-    train_grpo.print_arithmetic(run)
+    common.print_arithmetic(run)
     assert "of the val questions, images included, are in train, too" in capsys.readouterr().out
     run.val = SimpleNamespace(**{**vars(run.val), "hashes": ["another"]})
-    train_grpo.print_arithmetic(run)
+    common.print_arithmetic(run)
     assert "warning" not in capsys.readouterr().out
 
 
