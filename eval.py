@@ -1,18 +1,15 @@
-"""Measure a model on the 17 benchmarks of MediX-R1, or on data of your own.
+"""Measure a model on the 17 benchmarks of MediX-R1, or on data of your own. A restart goes on.
     python eval.py configs/eval.py --model=MBZUAI/MediX-R1-2B --tasks=llm,own=data/own.jsonl
     python eval.py compare RESULTS_A RESULTS_B    # paired, on the items that both have
-    python eval.py overlap configs/eval.py --train=SOURCE --tasks=vlm    # seen in training?
-Kill it at any moment: started again, it goes on where it was."""
+    python eval.py overlap configs/eval.py --train=SOURCE --tasks=vlm    # seen in training?"""
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import sys
 import zipfile
 from concurrent.futures import as_completed
 from pathlib import Path
-from time import monotonic
 from types import SimpleNamespace
 
 import datasets
@@ -29,19 +26,17 @@ import rollout
 defaults = dict(
     model="", prompt="train", prompt_template="configs/prompt.txt",  # "plain": just the question
     max_prompt_tokens=16384, max_response_tokens=4096, min_pixels=262_144, max_pixels=3_932_160,
-    temperature=0.0, top_p=1.0, seed=1, dtype="bfloat16",
-    engine="vllm", tensor_parallel=1, engine_args={},
-    judge="http", judge_model="Qwen/Qwen3-14B", judge_args={
+    temperature=0.0, top_p=1.0, seed=1, dtype="bfloat16", engine="vllm", engine_args={},
+    tensor_parallel=1, judge="http", judge_model="Qwen/Qwen3-14B", judge_args={
         "structured_outputs": {"choice": ["YES", "NO"]},
-        "chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs": {"enable_thinking": False}}, rating_prompt="", again_prompt="",
     votes="3", vote_temperature=0.7,  # "original": three rounds of one conversation, greedy
-    rating_prompt="", again_prompt="",  # of the judge; see configs/eval.py
     # From here on: what no result depends on. A task is read from data_dir if a file has its name.
     tasks="all", benchmarks={}, layouts={}, data_dir="", stages="generate,judge,score,submit",
     out_dir="out/eval", gpu_memory_utilization=0.9, judge_url="http://localhost:8085/v1",
     judge_api_key_env="", judge_check=True, judge_concurrency=128, judge_timeout_s=60.0,
-    judge_patience_s=120.0, page_items=20, submit_as="",  # a model's name
-    train="", exclude="",  # training data, for overlap; what overlap has written, for scores
+    judge_patience_s=120.0, page_items=20, submit_as="",  # the model's name there
+    train="", exclude="",  # for overlap: training data; for scores: what overlap has written
 )
 PUBLISHED = {"MediX-R1-2B": 55.4, "MediX-R1-8B": 68.8, "MediX-R1-30B": 73.6}
 
@@ -54,8 +49,7 @@ def find_tasks(cfg):
     for word in cfg.tasks.split(","):
         name, given, source = word.partition("=")
         chosen = {name: {"source": source}} if given else {
-            k: task for k, task in known.items()
-            if name in (k, task.get("group"), "all" if "group" in task else k)}
+            k: t for k, t in known.items() if name in (k, t.get("group"), "all" * ("group" in t))}
         if not chosen or not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"there is no task {word!r}: choose from all, llm, vlm, "
                              f"{', '.join(known)}, or give NAME=PATH")
@@ -72,7 +66,7 @@ def read_task(cfg, name, task):
     else:
         rows = datasets.concatenate_datasets([datasets.load_dataset(path, subset, split=split)
                                               for subset in task.get("subset", [None])])
-    has, folder = rows.column_names, path if os.path.isdir(path) else os.path.dirname(path)
+    has, folder = rows.column_names, Path(path) if Path(path).is_dir() else Path(path).parent
     task = {"where": bool, "image": [], "rating": False, "fetch": None} | task
     task |= next((layout for column, layout in cfg.layouts.items() if column in has), {})
     task |= {"image": [c for c in task["image"] if c in has], "table": rows.data, "folder": folder}
@@ -131,7 +125,7 @@ def tidy(run, name, keep=lambda record: True):
         parts = sorted(run.folder.glob(f"{name}.part*"))
         records = {place(r): r for file in (path, *parts) for r in read_lines(file) if keep(r)}
         common.write_lines(new, [records[k] for k in sorted(records)])
-        os.replace(new, path)
+        new.replace(path)
         for part in parts:
             part.unlink()
     common.gather(None)  # nobody goes on before
@@ -144,8 +138,8 @@ def add(run, name, *records):
 
 def generate(run):
     """responses.jsonl, a line an item; one that cannot be asked is an error, until a next start."""
-    cfg, items, keys = run.cfg, {item["id"]: item for item in run.items}, (
-        "id", "task", "row", "question", "choices", "answer")
+    cfg, items = run.cfg, {item["id"]: item for item in run.items}
+    keys = ("id", "task", "row", "question", "choices", "answer")
     done = {r["id"] for r in tidy(run, "responses", lambda r: r["id"] not in items or (
         not r["error"] and all(r[k] == items[r["id"]][k] for k in keys)))}
     tidy(run, "judgements", lambda r: r["id"] in done)  # none of a response that is made anew
@@ -162,13 +156,18 @@ def generate(run):
     def prompts(chunk):
         for item in chunk:
             try:
-                prompt = prepare(run, item)
+                yield prepare(run, item)
             except (ValueError, OSError) as error:
                 record(item, error=f"{error}")
-                continue
-            yield prompt
 
-    engine, decode = chunks and load_engine(run), run.processor.tokenizer.decode
+    if chunks:
+        real = {"load_format": "auto"} if cfg.engine == "vllm" else {}  # no sync, the real weights
+        own = SimpleNamespace(**vars(cfg) | {"engine_args": real | cfg.engine_args})
+        engine = rollout.load(own, run.device, lambda x: data.patches(x, run.processor, run.device))
+        if not engine.llm:
+            rollout.sync(engine, transformers.AutoModelForImageTextToText.from_pretrained(
+                cfg.model, dtype=cfg.dtype).state_dict().items())
+    decode = run.processor.tokenizer.decode
     for chunk in mine if cfg.engine == "torch" else [sum(mine, [])][:len(mine)]:
         for prompt, [r] in rollout.generate(
                 engine, prompts(chunk), group_size=1, temperature=cfg.temperature, top_p=cfg.top_p,
@@ -177,16 +176,6 @@ def generate(run):
             text = "<think>" * opened + decode([t for t in r["ids"] if t not in engine.stop_ids])
             record(prompt["item"], text, r["finish_reason"], len(r["ids"]))
     tidy(run, "responses")
-
-def load_engine(run):
-    """The engine with the model's own weights."""
-    real = {"load_format": "auto"} if run.cfg.engine == "vllm" else {}
-    cfg = SimpleNamespace(**vars(run.cfg) | {"engine_args": real | run.cfg.engine_args})
-    engine = rollout.load(cfg, run.device, lambda x: data.patches(x, run.processor, run.device))
-    if not engine.llm:
-        rollout.sync(engine, transformers.AutoModelForImageTextToText.from_pretrained(
-            cfg.model, dtype=cfg.dtype).state_dict().items())
-    return engine
 
 def stated_option(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if unclear."""
@@ -205,36 +194,29 @@ def decide(run, item, response):
     answer = None if "<think>" in response and not closed else reward.find_answer(after)
     if answer is None or not reward.normalise(answer):
         return answer, 0.0, "unanswered"
-    option = stated_option(answer, item["choices"]) if item["index"] is not None else None
-    if option is not None:
+    if item["index"] is not None and (option := stated_option(answer, item["choices"])) is not None:
         return answer, float(option == item["index"]), "option"
     if reward.settle(answer, item["answer"]) == 1.0:
         return answer, 5.0 if run.tasks[item["task"]]["rating"] else 1.0, "equal"
     return answer, 0.0 if run.cfg.judge == "exact" else None, "exact"
 
-def judgement(item, verdict, judge, round=0, prompt=None, reply=None, error=None):
-    """A line of judgements.jsonl."""
-    return dict(id=item["id"], round=round, prompt=prompt, reply=reply, verdict=verdict,
-                judge=judge, error=error)
-
-def vote(run, since, item, answer):
+def vote(run, item, answer):
     """Ask the judge about an answer -> a judgement for each round."""
-    cfg, records, talk, more, truth = run.cfg, [], [], {}, item["answer"]
-    if item["index"] is not None:
-        truth = f"{chr(65 + item['index'])}. {truth}"
+    cfg, records, talk, more, index = run.cfg, [], [], {}, item["index"]
+    truth = ("" if index is None else f"{chr(65 + index)}. ") + item["answer"]
     if run.tasks[item["task"]]["rating"]:
-        more = {"prompt": cfg.rating_prompt, "words": tuple("012345")}
-        if "structured_outputs" in cfg.judge_args:
-            more["structured_outputs"] = {"choice": [*"012345"]}
+        more = {k: {"choice": [*"012345"]} for k in cfg.judge_args if k == "structured_outputs"}
+        more |= {"prompt": cfg.rating_prompt, "words": tuple("012345")}
     for i in range(run.rounds):
         if cfg.votes != "original" and run.rounds > 1:  # independent samples
             more |= {"seed": cfg.seed + i, "temperature": cfg.vote_temperature}
-        verdict, prompt, said = reward.ask(run.judge, since, ask_text(item), truth, answer, **more)
-        reply, error = (None, said) if verdict is None else (said, None)
-        prompt = cfg.again_prompt if talk else prompt
-        records.append(judgement(item, verdict, cfg.judge_model, i, prompt, reply, error))
+        verdict, prompt, said = reward.ask(run.judge, 0, ask_text(item), truth, answer, **more)
+        said, error = (None, said) if verdict is None else (said, None)
+        records.append(dict(id=item["id"], round=i, prompt=cfg.again_prompt if talk else prompt,
+                            reply=said, verdict=verdict, judge=cfg.judge_model, error=error))
         if cfg.votes == "original":
-            talk += [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
+            talk += [dict(role="user", content=records[-1]["prompt"]),
+                     dict(role="assistant", content=f"{said}")]
             more["messages"] = [*talk, {"role": "user", "content": cfg.again_prompt}]
     return records
 
@@ -250,9 +232,10 @@ def judge(run):
         answer, verdict, rule = decide(run, item, responses[item["id"]])
         if verdict is None:
             run.judge = run.judge or reward.open_judge(run.cfg, run.world)
-            jobs.append(run.judge.pool.submit(vote, run, monotonic(), item, answer))
+            jobs.append(run.judge.pool.submit(vote, run, item, answer))
         else:
-            add(run, "judgements", judgement(item, verdict, rule))
+            add(run, "judgements", dict(id=item["id"], round=0, prompt=None, reply=None,
+                                        verdict=verdict, judge=rule, error=None))
     for job in as_completed(jobs):
         add(run, "judgements", *job.result())
     tidy(run, "judgements")
@@ -262,8 +245,7 @@ def estimate(groups):
     rng, means = np.random.default_rng(0), [float(np.mean(group)) for group in groups]
     draws = np.mean([[rng.choice(g, len(g)).mean() for _ in range(2000)] for g in groups], 0)
     low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-    return {"accuracy": sum(means) / len(means), "low": low, "high": high,
-            "n": sum(map(len, groups))}
+    return dict(accuracy=sum(means) / len(means), low=low, high=high, n=sum(map(len, groups)))
 
 def score(run):
     """scores.json, scores.md, images/: what each task's items got; errors count as wrong."""
@@ -287,8 +269,8 @@ def score(run):
             "judge_agreement": sum(agreed) / len(agreed) if agreed else None,
             "errors": sum(errors[i] is not None for i in ids)}
     items = {i: x for group in scores.values() for i, x in group.items()}
-    groups = [[*group.values()] for group in scores.values()]
-    averages = {"micro": estimate([sum(groups, [])]), "macro": estimate(groups)}
+    averages = {"micro": estimate([[*items.values()]]),
+                "macro": estimate([[*group.values()] for group in scores.values()])}
     protocol = {k: getattr(cfg, k) for k in (
         "prompt", "max_response_tokens", "temperature", "judge_model", "votes", "judge")}
     same = [*protocol.values()] == ["plain", 2048, 0, "Qwen/Qwen3-14B", "original", "http"]
@@ -307,13 +289,14 @@ def score(run):
         images = [] if errors[item["id"]] else read(run, item)["images"]
         for i, image in enumerate(images, 1):
             image.thumbnail((384, 384))
-            number = f"_{i}" if len(images) > 1 else ""
-            image.save(run.folder / f"images/{item['task']}_{item['row']}{number}.jpg")
+            name = f"{item['task']}_{item['row']}" + f"_{i}" * (len(images) > 1)
+            image.save(run.folder / f"images/{name}.jpg")
 
 def submit(run):
     """CODE_M_submission.zip for MediX-R1's leaderboard: its three files, names and fields."""
     name, lines, judged = run.cfg.submit_as or run.cfg.model, "", ""
     short = re.sub(r"[^a-zA-Z0-9]", "_", name.rstrip("/").split("/")[-1])
+    code = hashlib.md5(f"{short}_submission".encode()).hexdigest()[:8]
     scores = json.loads((run.folder / "scores.json").read_text())
     responses = {r["id"]: r["response"] for r in read_lines(run.folder / "responses.jsonl")}
     for item in [item for item in run.items if item["id"] in scores["items"]]:
@@ -323,11 +306,10 @@ def submit(run):
         mark = 5 * mark if run.tasks[item["task"]]["rating"] else int(mark)
         lines += json.dumps(record, ensure_ascii=False) + "\n"
         judged += json.dumps(record | {"evaluation": {"score": mark}}, ensure_ascii=False) + "\n"
-    rows = [(k, v["accuracy"], v["accuracy"]) for k, v in scores["tasks"].items()]
-    rows += [("Overall", 100 * x, x) for x in [scores["macro"]["accuracy"]] if len(rows) > 1]
-    frame = pandas.DataFrame([(k, x, f"{100 * share:.2f}%") for k, x, share in rows],
-                             columns=["Task", "Accuracy", "Accuracy (%)"])
-    code = hashlib.md5(f"{short}_submission".encode()).hexdigest()[:8]
+    rows = [(k, v["accuracy"], f"{v['accuracy']:.2%}") for k, v in scores["tasks"].items()]
+    mean = scores["macro"]["accuracy"]
+    rows += [("Overall", 100 * mean, f"{mean:.2%}")] * (len(rows) > 1)  # times 100, as there
+    frame = pandas.DataFrame(rows, columns=["Task", "Accuracy", "Accuracy (%)"])
     with zipfile.ZipFile(run.folder / f"{code}_{short}_submission.zip", "w") as file:
         for ending, text in {".jsonl": lines, "_eval.jsonl": judged,
                              "_score.txt": f"Model: {name}\n\n{frame.to_string()}"}.items():
@@ -343,22 +325,19 @@ def compare(a, b):
           pandas.DataFrame(rows).T.round(4).to_string(), sep="\n")
 
 def overlap(run):
-    """overlap.json: items whose image (pixel by pixel) or question is in cfg.train, and why; which
-    of them `exclude` leaves out: not those that share a question, but not their image."""
-    rows, folder = data.read_rows(run.cfg.train)
-    train = SimpleNamespace(rows=rows, folder=folder, cfg=run.cfg, processor=run.processor,
-                            tags=reward.TAGS)
-    marks = {reward.normalise(text) for text in rows["problem"]}
-    for i in range(len(rows)):
-        marks |= {common.seed_of(x.tobytes()) for x in data.read_row(train, i)[0]["images"]}
-    found, exclude = {}, []
+    """overlap.json: items with an image (the same pixels) or question of cfg.train, and why."""
+    def marks(item):
+        return {common.seed_of(x.tobytes()) for x in read(run, item)["images"]}
+
+    run.tasks["train"] = train = read_task(run.cfg, "train", {"source": run.cfg.train})
+    pixels = set().union(*map(marks, train["items"]))
+    questions = {reward.normalise(item["question"]) for item in train["items"]}
+    found, exclude, file = {}, [], Path(run.cfg.out_dir, "overlap.json")
     for item in run.items:
-        images = {common.seed_of(x.tobytes()) for x in read(run, item)["images"]}
-        seen, asked = images & marks, reward.normalise(item["question"]) in marks
-        if seen or asked:
-            found[item["id"]] = "image" * bool(seen) + " question" * asked
-            exclude += [item["id"]] * bool(seen or not images)
-    file = Path(run.cfg.out_dir, "overlap.json")
+        images, asked = marks(item), reward.normalise(item["question"]) in questions
+        if (seen := bool(images & pixels)) or asked:  # a question with another image is no leak
+            found[item["id"]] = "image" * seen + " question" * asked
+            exclude += [item["id"]] * (seen or not images)
     file.write_text(json.dumps({"items": found, "exclude": exclude}, indent=1))
     print(f"{len(found)} of {len(run.items)} items: --exclude={file} leaves {len(exclude)} out")
 
@@ -383,8 +362,7 @@ def set_up(cfg):
     run.items = sorted((i for task in run.tasks.values() for i in task["items"]), key=place)
     if not run.items:
         raise ValueError(f"no task could be read: {run.skipped}")
-    used = [*defaults][:[*defaults].index("tasks")]
-    config = {k: getattr(cfg, k) for k in used} | {
+    config = {k: getattr(cfg, k) for k in [*defaults][:[*defaults].index("tasks")]} | {
         "commit": getattr(transformers.AutoConfig.from_pretrained(cfg.model), "_commit_hash", None),
         "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns)
                     for f in sorted(Path(cfg.model).glob("*.safetensors"))]}
@@ -399,13 +377,14 @@ def set_up(cfg):
     return run
 
 def main():
-    command, stages = sys.argv[1], dict(generate=generate, judge=judge, score=score, submit=submit)
-    if command == "compare":
-        return compare(*sys.argv[2:])
+    stages = dict(generate=generate, judge=judge, score=score, submit=submit, overlap=overlap)
+    args = sys.argv[1:] if sys.argv[1:2] != ["overlap"] else [*sys.argv[2:], "--stages=overlap"]
     try:
-        run = set_up(common.load_config(defaults, sys.argv[1 + (command == "overlap"):]))
-        if command == "overlap":
-            return overlap(run)
+        if args[:1] == ["compare"]:
+            return compare(*args[1:3])
+        run = set_up(common.load_config(defaults, args))
+        if wrong := {*run.cfg.stages.split(",")} - {*stages}:
+            raise ValueError(f"stages: there is no {wrong}, but {', '.join(stages)}")
         for stage in run.cfg.stages.split(","):
             if stage in ("generate", "judge") or run.rank == 0:
                 stages[stage](run)

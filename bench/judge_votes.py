@@ -18,16 +18,14 @@ from types import SimpleNamespace
 import requests
 import torch.distributed as dist
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.extend([str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")])
 from judge_server import free_port
 
 import common
 import eval as evaluation
 import reward
 
-GOAL = 20
+ROOT, GOAL = Path(__file__).parent.parent, 20
 
 
 def one_by_one(url, items):
@@ -67,7 +65,7 @@ def main():
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     items = [{"id": f"made_up/{i}", "task": "made_up", "question": f"What is {i}?", "choices": None,
-              "index": None, "answer": f"finding {i}", "said": f"{'wrong' if i % 3 else 'same'} {i}"}
+              "index": None, "answer": f"finding {i}", "said": f"something {i}"}
              for i in range(args.items)]
     port = free_port()
     url, few = f"http://127.0.0.1:{port}/v1", items[:max(1, args.items // 20)]

@@ -1,4 +1,4 @@
-"""eval.py: the real pipeline on the tiny model, killed and restarted, with real judges over HTTP."""
+"""eval.py: the whole pipeline on the tiny model, killed and restarted, with judges over HTTP."""
 import contextlib
 import io
 import json
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -59,7 +60,8 @@ def run(process_group, monkeypatch, tmp_path):
             evaluation.main()
         except SystemExit as error:
             said = str(error)
-        folders = sorted(tmp_path.glob("out/*/"), key=lambda f: (f not in before, f.stat().st_mtime))
+        folders = sorted(tmp_path.glob("out/*/"), key=lambda f: (f not in before,
+                                                                 f.stat().st_mtime))
         return folders[-1] if folders else None, said
     return call
 
@@ -188,7 +190,8 @@ def test_two_ranks_do_the_same(sources, run, tmp_path):
 
 @pytest.mark.parametrize("answer,index", [
     ("B", 1), ("b.", 1), ("(B)", 1), ("B)", 1), ("Option B", 1), ("The answer is B.", 1),
-    ("The correct answer is: (b)", 1), ("B. Left lung", 1), ("**B. Left lung**", 1), ("Left lung", 1),
+    ("The correct answer is: (b)", 1), ("B. Left lung", 1), ("**B. Left lung**", 1),
+    ("Left lung", 1),
     ("left  LUNG.", 1), ("B: left lung", 1), ("D", None), ("E", None), ("B. Heart", None),
     ("B or C", None), ("A heart", None), ("a left lung", None), ("", None), ("A, B", None),
     ("lung", None), ("C. none of these", 2), ("b. left lung is right", None)])
@@ -204,7 +207,7 @@ def test_an_option_that_is_a_letter():
 
 def decide(response, judge="http", rating=False, **item):
     item = {"task": "t", "index": None, "choices": None, "answer": "left lung"} | item
-    run = type("Run", (), {"tasks": {"t": {"rating": rating}}, "cfg": type("C", (), {"judge": judge})})
+    run = SimpleNamespace(tasks={"t": {"rating": rating}}, cfg=SimpleNamespace(judge=judge))
     return evaluation.decide(run, item, response)
 
 
@@ -354,7 +357,8 @@ def test_a_data_set_that_is_missing(run, sources, monkeypatch):
 
 @pytest.mark.parametrize("change,words", [
     ("--tasks=medqua", ["medqua", "medqa"]), ("--votes=0", ["votes", "original"]),
-    ("--prompt=trian", ["prompt", "plain"]), ("--stages=score", ["generate and judge"])])
+    ("--prompt=trian", ["prompt", "plain"]), ("--stages=score", ["generate and judge"]),
+    ("--stages=jugde", ["jugde", "judge"])])
 def test_mistakes(run, sources, change, words):
     _, said = run(*arguments([*sources, change]))
     assert said.startswith("error: ") and all(word in said for word in words), said
