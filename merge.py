@@ -58,8 +58,8 @@ def write(model, base, folder, dtype):
     (folder / "config.json").write_text(re.sub(r'(dtype": )"\w+"', rf'\1"{dtype}"', config))
 
 @torch.no_grad()
-def logprobs(folder, model=None, dtype="float32"):
-    """(T - 1,) log-probs of an image and a question, by model or by vLLM, which loads folder."""
+def logprobs(folder, model, dtype=None):
+    """(T - 1,) log-probs of an image and a question, by model or (False) by vLLM from folder."""
     processor = data.load_processor(str(folder))
     side, grid = processor.patch * processor.merge, [(1, processor.merge, processor.merge)]
     image = np.linspace(0, 255, side * side * 3).astype(np.uint8).reshape(side, side, 3)
@@ -71,9 +71,12 @@ def logprobs(folder, model=None, dtype="float32"):
         return logits.log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
     from vllm import LLM, SamplingParams
-    llm = LLM(str(folder), dtype=dtype, max_model_len=512, enforce_eager=True,
-              gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**30,
-              mm_processor_kwargs={"min_pixels": 1})
+    try:
+        llm = LLM(str(folder), dtype=dtype, max_model_len=512, enforce_eager=True,
+                  gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**30,
+                  mm_processor_kwargs={"min_pixels": 1})
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"vLLM cannot load it, --skip-vllm goes without: {error}") from error
     out, = llm.generate({"prompt_token_ids": ids, "multi_modal_data": {"image": [image]}},
                         SamplingParams(max_tokens=1, prompt_logprobs=0))
     return torch.tensor([x[t].logprob for t, x in zip(ids[1:], out.prompt_logprobs[1:])])
@@ -95,11 +98,9 @@ def main(args):
     expected = logprobs(base, model)
     write(model, base, aside, dtype)
     del model  # before the next one comes
-    found = {"transformers": logprobs(aside, AutoModel.from_pretrained(aside, dtype=torch.float32))}
-    if find_spec("vllm") and not args.skip_vllm:
-        found["vLLM"] = logprobs(aside, dtype=dtype)
-    for name, ours in found.items():
-        gap, limit = (ours - expected).abs().mean().item(), LIMITS[name][dtype]
+    for name in LIMITS if find_spec("vllm") and not args.skip_vllm else ["transformers"]:
+        merged = name != "vLLM" and AutoModel.from_pretrained(aside, dtype=torch.float32)
+        gap, limit = (logprobs(aside, merged, dtype) - expected).abs().mean(), LIMITS[name][dtype]
         print(f"log-probs of {name} and of the checkpoint differ by {gap:.2g}, limit {limit:g}")
         if not gap <= limit:
             raise ValueError(f"{name} reads other weights from {aside}: difference {gap:.3g}, limit"

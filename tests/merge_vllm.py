@@ -1,8 +1,9 @@
 """What vLLM says of a merged folder, from disk.
 
     python tests/merge_vllm.py logprobs MODEL KIND OUT.json    # of merge_runs.sequences(KIND)
-    python tests/merge_vllm.py unpublished CHECKPOINT OUT      # merge.py, if it wrote the experts
-                                                               # as transformers holds them"""
+    python tests/merge_vllm.py unpublished CHECKPOINT OUT      # merge.py, with experts written as
+                                                               # transformers holds them
+    python tests/merge_vllm.py spoilt CHECKPOINT OUT           # or spoilt before vLLM reads it"""
 
 import json
 import os
@@ -38,18 +39,38 @@ def logprobs(path, kind, out):
         json.dump(found, file)
 
 
+def run(checkpoint, out):
+    merge.main(Namespace(checkpoint=checkpoint, out=out, dtype="float32", push_to_hub=None,
+                         public=False, force=False, skip_vllm=False))
+
+
+def rewrite(folder, change):
+    files = load_file(folder / "model.safetensors")
+    save_file({n: change(n, x).contiguous() for n, x in files.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def unpublished(checkpoint, out):
     write = merge.write
 
-    def spoil(model, base, folder, dtype):
+    def wrong(model, base, folder, dtype):
         write(model, base, folder, dtype)
-        files = load_file(folder / "model.safetensors")
-        save_file({n: x.transpose(1, 2).contiguous() if ".experts." in n else x
-                   for n, x in files.items()}, folder / "model.safetensors")
+        rewrite(folder, lambda n, x: x.transpose(1, 2) if ".experts." in n else x)
 
-    merge.write = spoil
-    merge.main(Namespace(checkpoint=checkpoint, out=out, dtype="float32", push_to_hub=None,
-                         public=False, force=False, skip_vllm=False))
+    merge.write = wrong
+    run(checkpoint, out)
+
+
+def spoilt(checkpoint, out):
+    logprobs = merge.logprobs
+
+    def late(folder, model, dtype=None):
+        if not model:
+            rewrite(folder, lambda n, x: x.flip(0) if "layers.1.self_attn.o_proj" in n else x)
+        return logprobs(folder, model, dtype)
+
+    merge.logprobs = late
+    run(checkpoint, out)
 
 
 globals()[sys.argv[1]](*sys.argv[2:])

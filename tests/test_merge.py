@@ -426,8 +426,13 @@ def test_vllm_loads_what_was_trained(case, runs, tmp_path):
 
 
 @pytest.mark.vllm
-def test_vllm_is_asked_as_transformers_reads_both_layouts(runs, tmp_path):
+@pytest.mark.parametrize("how, said", [
+    ("unpublished", "vLLM cannot load it, --skip-vllm goes without: .*size of tensor"),
+    ("spoilt", "vLLM reads other weights from .*difference")])
+def test_vllm_is_asked_for_its_own_opinion(how, said, runs, tmp_path):
+    """transformers reads both layouts of experts."""
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
-    worker = vllm_worker("unpublished", runs("experts") / "run" / STEP, tmp_path / "out")
+    worker = vllm_worker(how, runs("experts") / "run" / STEP, tmp_path / "out")
     assert re.search("log-probs of transformers .* limit 1e-05", worker.stdout), worker.stderr
-    assert worker.returncode and not (tmp_path / "out").exists()
+    assert worker.returncode and re.search(said, worker.stderr), worker.stderr[-3000:]
+    assert not (tmp_path / "out").exists()
