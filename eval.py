@@ -161,8 +161,9 @@ def generate(run):
                 record(item, error=f"{error}")
 
     if chunks:
-        real = {"load_format": "auto"} if cfg.engine == "vllm" else {}  # no sync, the real weights
-        own = SimpleNamespace(**vars(cfg) | {"engine_args": real | cfg.engine_args})
+        args = {"load_format": "auto"} if cfg.engine == "vllm" else {}  # no sync, the real weights
+        args |= {"distributed_executor_backend": "uni"} if args and run.world == 1 else {}
+        own = SimpleNamespace(**vars(cfg) | {"engine_args": args | cfg.engine_args})
         engine = rollout.load(own, run.device, lambda x: data.patches(x, run.processor, run.device))
         if not engine.llm:
             rollout.sync(engine, transformers.AutoModelForImageTextToText.from_pretrained(
@@ -319,10 +320,9 @@ def compare(a, b):
     """Print how much better B is than A on the items of both, by task and over all of them."""
     a, b = (pandas.Series(json.loads(Path(x, "scores.json").read_text())["items"]) for x in (a, b))
     better = (b - a).dropna()  # paired: one difference an item
-    groups = {task: x.tolist() for task, x in better.groupby(lambda i: i.rpartition("/")[0])}
-    rows = {task: estimate([x]) for task, x in (groups | {"all": better.tolist()}).items()}
+    rows = [*better.groupby(lambda i: i.rpartition("/")[0]), ("all", better)]
     print(f"{len(better)} items in both, {len(a)} in A, {len(b)} in B. Accuracy here is B - A:",
-          pandas.DataFrame(rows).T.round(4).to_string(), sep="\n")
+          pandas.DataFrame({task: estimate([x]) for task, x in rows}).T.round(4), sep="\n")
 
 def overlap(run):
     """overlap.json: items with an image (the same pixels) or question of cfg.train, and why."""

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -493,3 +494,19 @@ def test_overlap(run, sources, tmp_path, start):
     folder, _ = run(*args, f"--exclude={tmp_path}/out/overlap.json")
     assert not {*found["exclude"]} & {*scores(folder)["items"]}
     assert scores(folder)["micro"]["n"] == 552 - len(found["exclude"])
+
+
+@pytest.mark.vllm
+def test_vllm_says_the_same(sources, start, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    said = {}
+    for engine, more in (("torch", {}), ("vllm", {
+            "engine_args": "{'enforce_eager': True}", "gpu_memory_utilization": 0.2})):
+        args = arguments(sources, engine=engine, **more)
+        subprocess.run([sys.executable, "eval.py", *args, f"--out_dir={tmp_path}/{engine}"],
+                       cwd=ROOT, check=True, capture_output=True, env=os.environ | {
+                           "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+        folder, = tmp_path.glob(f"{engine}/*/")
+        said[engine] = {r["id"]: r["response"] for r in lines(folder, "responses")}
+    same = sum(text == said["torch"][i] for i, text in said["vllm"].items())
+    assert len(said["vllm"]) == 552 and same >= 550  # a tie may be broken otherwise
