@@ -238,10 +238,10 @@ def check_layout(page, width):
 
 
 @needs_chromium
-@pytest.mark.parametrize("device", WIDTHS)
-def test_page_of_an_evaluation(results, visit, device):
-    page = visit(results, WIDTHS[device])
-    check_layout(page, WIDTHS[device])
+@pytest.mark.parametrize("screen", WIDTHS)
+def test_page_of_an_evaluation(results, visit, screen):
+    page = visit(results, WIDTHS[screen])
+    check_layout(page, WIDTHS[screen])
     assert page("document.title") == "MBZUAI/MediX-R1-2B"  # and not "owned"
     assert page("[document.scripts.length, document.querySelectorAll('img[onerror], b b').length]"
                 ) == [2, 0]
@@ -252,7 +252,7 @@ def test_page_of_an_evaluation(results, visit, device):
     named = page("[...document.querySelectorAll('.task')[0].cells].slice(3).map(x => "
                  "getComputedStyle(x, '::before').content != 'none' && x.title)")
     names = ["95 %", "n", "unanswered", "judge failures", "agreement", "errors"]
-    assert named == (names if device == "phone" else [False] * 6)  # there without a head
+    assert named == (names if screen == "phone" else [False] * 6)  # there without a head
     assert "slake_vqa skipped: not in the data folder: hf download" in page(
         "document.querySelector('.notes').innerText")
     marks = page("[...document.querySelectorAll('tbody tr')].map(x => getComputedStyle("
@@ -300,16 +300,17 @@ def test_items_can_be_chosen_by_task_and_verdict_and_read(results, visit):
 def test_hostile_and_broken_text_is_shown_as_it_is(results, visit):
     page = visit(results, 1280)
     choose(page, "right")
-    shown = page("[...document.querySelectorAll('article .response .text')].map(x => x.textContent)")[0]
+    shown = page("[...document.querySelectorAll('article .response .text')].map("
+                 "x => x.textContent)")[0]
     assert shown == report_pages.EVIL + report_pages.BROKEN
     assert page("document.title") == "MBZUAI/MediX-R1-2B"
 
 
 @needs_chromium
-@pytest.mark.parametrize("device", WIDTHS)
-def test_page_of_rollouts(rollouts, visit, device):
-    page = visit(rollouts, WIDTHS[device])
-    check_layout(page, WIDTHS[device])
+@pytest.mark.parametrize("screen", WIDTHS)
+def test_page_of_rollouts(rollouts, visit, screen):
+    page = visit(rollouts, WIDTHS[screen])
+    check_layout(page, WIDTHS[screen])
     assert page(TEXTS % ".kind") in (["ROLLOUTS OF STEP 2"], ["Rollouts of step 2"])
     assert choose(page, "step") == ["kept row 3", "all right row 5", "all wrong row 8",
                                     "unscored row 11"]
