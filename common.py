@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import runpy
 import sys
 import time
@@ -35,6 +36,9 @@ RULES = """updates_per_step > 0; tensor_parallel > 0; overlong_buffer_tokens <= 
     log in ('', 'wandb'); keep_checkpoints > 0; judge_timeout_s > 0; steps + epochs > 0
     validate_every > 0; learning_rate > 0; max_grad_norm > 0; temperature > 0; group_size > 1
     save_every > 0; max_rounds > 0"""
+
+class Stop(Exception):
+    """The run must end, all ranks at once and before an update: save the last finished step."""
 
 def load_config(defaults, argv):
     """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
@@ -70,9 +74,8 @@ def check(cfg, ranks):
             raise ValueError(f"{name}={value} must not be below 0")
     for rule in re.split(r"[;\n] *", RULES):  # some are about settings of train_dapo.py only
         if rule.split()[0] in settings and not eval(rule, {}, settings):  # our text, no user's
-            names = [name for name in re.findall(r"[a-z_]+", rule) if name in settings]
-            given = ", ".join(f"{name}={settings[name]!r}" for name in names)
-            raise ValueError(f"{given}: it must be that {rule}")
+            given = [f"{k}={settings[k]!r}" for k in re.findall(r"[a-z_]+", rule) if k in settings]
+            raise ValueError(f"{', '.join(given)}: it must be that {rule}")
 
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
@@ -97,8 +100,8 @@ def print_arithmetic(run):
     cfg, size, updates = run.cfg, run.cfg.group_size, run.cfg.updates_per_step
     for name, rows in (("train", run.train), ("val", run.val)):
         print(f"{name}: {len(rows.rows)} rows, {len(rows.keep)} used, {len(rows.bad)} bad, "
-              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens")
-        print("".join(f"  skipped {bad}\n" for bad in rows.bad[:10]), end="")
+              f"{len(rows.too_long)} longer than {cfg.max_prompt_tokens} tokens",
+              *(f"\n  skipped {bad}" for bad in rows.bad[:10]))
     if leaked := len(set(run.train.hashes) & set(run.val.hashes)):
         print(f"warning: {leaked} of the val questions, images included, are in train, too")
     responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
@@ -160,6 +163,45 @@ def write_lines(path, records, mode="w"):
             f.write(json.dumps(record | dict.fromkeys(bad)) + "\n")
         f.flush()
         os.fsync(f.fileno())
+
+def check_unscored(run, share):
+    """Stop the run where the judge left too many responses without a verdict."""
+    if share > run.cfg.max_unscored:
+        raise Stop(f"{share:.1%} of the responses have no verdict, above max_unscored: see to the "
+                   f"judge, then start again to go on. {run.scorer.judge.last_failure}")
+
+def check_gap(run, updates):
+    """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
+    gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
+            (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
+    sums = total({"gap": sum(gaps), "tokens": len(gaps)})
+    mean, largest = sums["gap"] / sums["tokens"], max(gather(max(gaps, default=0.0)))
+    limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
+    run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
+    said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
+            f"{limit:g}: look at engine_args, dtype and the version of vLLM")
+    if run.gaps_over == 3:  # at once in a run's first step, later three times in a row
+        raise Stop(said)
+    if mean > limit / 3 and run.rank == 0:
+        print(f"warning: {said}", flush=True)
+    return {"engine_gap/mean": mean, "engine_gap/max": largest}
+
+def log_step(run, metrics, times):
+    """Add time/* and perf/*, then write to metrics.jsonl, the dashboard and the screen."""
+    step = run.state["step"]
+    if step:
+        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
+        responses = metrics["groups/sampled"] * run.cfg.group_size
+        metrics["perf/tokens_per_s_per_gpu"] = tokens * responses / times["step"] / run.world
+    metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
+                                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
+    if run.rank == 0:
+        write_lines(f"{run.cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
+        run.dashboard(metrics, step=step)
+        print(f"step {step:4d}/{run.last_step}", *(
+            f" {k} {v:.3g}" for k, v in metrics.items()
+            if k.endswith("reward/overall") or k == "time/step"), flush=True)
 
 def write_groups(out_dir, name, step, groups):
     """For rank 0: groups -> out_dir/rollouts/NAME_STEP.jsonl, without what only tensors need."""

@@ -208,8 +208,9 @@ def patches(images, processor, device="cpu"):
         rows.append(x.expand(-1, -1, -1, -1, -1, t, -1, -1).reshape(-1, 3 * t * p * p))
     return torch.cat(rows)
 
-def order(n, seed, cursor, k):
-    """The k positions of n after the first `cursor`; seed and epoch alone decide their order."""
+def order(rows, seed, cursor, k):
+    """The k rows after the first `cursor`; seed and epoch alone decide their order."""
+    n = len(rows)
     epochs = range(cursor // n, (cursor + k) // n + 1)
     orders = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs]
-    return np.concatenate(orders)[cursor % n:][:k].tolist()
+    return [rows[i] for i in np.concatenate(orders)[cursor % n:][:k]]

@@ -69,7 +69,7 @@ def deal(groups, rank, world):
 def build_rows(model, groups, tokens_per_row):
     """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first; responses
     beyond that go into a row that repeats the prompt; rows of weight 0 fill up to as many as other
-    ranks have. groups: dicts of ids, images ((h, w, 3) uint8), grid, responses (dicts of ids, ...)."""
+    ranks have. groups: dicts of ids, images ((h, w, 3) uint8), grid, responses (dicts)."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
         for i, response in enumerate(group["responses"]):

@@ -63,10 +63,9 @@ def _start_vllm(cfg, device):
     try:
         return vllm.LLM(**args | cfg.engine_args)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"vLLM {vllm.__version__} does not start: {error}. Change gpu_memory_utilization="
-            f"{cfg.gpu_memory_utilization}, tensor_parallel, the token limits (now {length}) or "
-            f"engine_args={cfg.engine_args}") from error
+        raise ValueError(f"vLLM {vllm.__version__} does not start: {error}. Change engine_args="
+                         f"{cfg.engine_args}, gpu_memory_utilization={cfg.gpu_memory_utilization}, "
+                         f"tensor_parallel or the token limits (now {length})") from error
 
 @torch.no_grad()
 def sync(engine, named_weights):
@@ -105,10 +104,10 @@ def generate(engine, prompts, **sampling):
     """Yield (prompt, its responses) as soon as the last of these is done.
 
     prompts: iterable, read while the engine works: dicts of row, ids (images expanded), images
-    ((h, w, 3) uint8), grid ((1, h, w) in patches), seed. sampling: group_size, temperature (0:
-    greedy), max_tokens, top_p. Response i draws from generator(seed + i), whatever else is in the
-    batch. responses: dicts of ids, logprobs (of the distribution sampled from; at temperature 1 if
-    greedy; banned ids excluded), finish_reason ("stop", its stop id included, or "length")."""
+    ((h, w, 3) uint8), grid, seed. sampling: group_size, temperature (0: greedy), max_tokens, top_p.
+    Response i draws from generator(seed + i), whatever else is in the batch. responses: dicts of
+    ids, logprobs (of the distribution sampled from; at temperature 1 if greedy; banned ids
+    excluded), finish_reason ("stop", its stop id included, or "length")."""
     yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
 
 def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
@@ -135,10 +134,9 @@ def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_
         for out in vllm.step():
             prompt = asked.pop(out.request_id)
             if out.prompt_token_ids != prompt["ids"]:
-                raise RuntimeError(
-                    f"row {prompt['row']}: vLLM made {len(out.prompt_token_ids)} tokens of its "
-                    f"prompt, the trainer {len(prompt['ids'])}: engine_args or the model's "
-                    "preprocessor_config.json change the size of images")
+                raise RuntimeError(f"row {prompt['row']}: vLLM made {len(out.prompt_token_ids)} "
+                                   f"tokens of its prompt, the trainer {len(prompt['ids'])}: "
+                                   "engine_args or preprocessor_config.json resize images")
             yield prompt, [{"ids": list(c.token_ids), "finish_reason": c.finish_reason, "logprobs":
                             [step[t].logprob for t, step in zip(c.token_ids, c.logprobs)]}
                            for c in out.outputs]

@@ -5,7 +5,6 @@ sampling), clips higher, has no KL term and charges overlong responses. `diff` s
 
 import math
 import os
-import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -55,16 +54,14 @@ def set_up(cfg):
     """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
     common.check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     cfg.prompt_template = data.read_template(cfg.prompt_template)
-    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2)  # the first gap decides at once
-    run.threads = ThreadPoolExecutor(4)  # for images, while the engine decodes
+    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2, threads=ThreadPoolExecutor(4))
     run.rank, run.world, run.device = common.start()
     run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
     run.train, run.val = (
         data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
         for source in (cfg.train_data, cfg.val_data))
-    n = len(run.val.keep)
-    run.val_rows = [run.val.keep[i] for i in data.order(n, 0, 0, n)[:cfg.val_prompts or n]]
+    run.val_rows = data.order(run.val.keep, 0, 0, len(run.val.keep))[:cfg.val_prompts or None]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     if run.rank == 0:
         common.print_arithmetic(run)
@@ -127,9 +124,8 @@ def collect(run, step):
     keep_rate = max(0.25, sum(k for k, _ in past) / sum(n for _, n in past))
     while rounds < cfg.max_rounds and kept < cfg.prompts_per_step / 2:
         first, missing = len(rows), cfg.prompts_per_step - kept
-        rows += [run.train.keep[i] for i in data.order(
-            len(run.train.keep), cfg.seed, run.state["cursor"] + first,
-            math.ceil(missing / keep_rate))]
+        rows += data.order(run.train.keep, cfg.seed, run.state["cursor"] + first,
+                           math.ceil(missing / keep_rate))
         groups += sample(run, run.train, rows, step, first,
                          group_size=cfg.group_size, temperature=cfg.temperature)
         add_advantages(cfg, groups[first:])
@@ -137,7 +133,7 @@ def collect(run, step):
     said = (f"step {step}: {kept} of {len(groups)} groups kept in {rounds} rounds. If that stays, "
             "take questions neither too easy nor too hard, a larger group_size or max_rounds")
     if not kept and len(past) == 10 and not any(k for k, _ in past):
-        stop(run, f"no group was kept in 10 steps. {said}")
+        raise common.Stop(f"no group was kept in 10 steps. {said}")
     if kept < cfg.prompts_per_step / 2 and run.rank == 0:
         print(f"warning: goes on with few groups. {said}", flush=True)
     return groups
@@ -213,34 +209,6 @@ def backward(run, update, row):
     return {k: v.sum().item() for k, v in sums.items()} | {
         "packed": row["input_ids"].numel() * row["weight"], "alone": alone * row["weight"]}
 
-def check_gap(run, updates):
-    """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
-    gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
-            (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
-    sums = common.total({"gap": sum(gaps), "tokens": len(gaps)})
-    mean, largest = sums["gap"] / sums["tokens"], max(common.gather(max(gaps, default=0.0)))
-    limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
-    run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
-    said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
-            f"{limit:g}: look at engine_args, dtype and the version of vLLM")
-    if run.gaps_over == 3:  # at once in a run's first step, later three times in a row
-        stop(run, said)
-    if mean > limit / 3 and run.rank == 0:
-        print(f"warning: {said}", flush=True)
-    return {"engine_gap/mean": mean, "engine_gap/max": largest}
-
-def check_unscored(run, share):
-    """Stop the run where the judge left too many responses without a verdict."""
-    if share > run.cfg.max_unscored:
-        stop(run, f"{share:.1%} of the responses have no verdict, above max_unscored: see to the "
-             f"judge, then start again to go on. {run.scorer.judge.last_failure}")
-
-def stop(run, why):
-    """End the run before an update, with the last finished step saved."""
-    if run.saved != run.state["step"]:
-        save(run)
-    common.stop(why)
-
 def train(run, groups):
     """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""
     cfg, state, n = run.cfg, run.state, run.cfg.updates_per_step
@@ -258,7 +226,7 @@ def train(run, groups):
     with common.timed(run.times, "update"):
         for update in [u for u in updates if u.rows]:  # no group to learn from: no step
             done += [backward(run, update, row) for row in update.rows]
-            metrics = metrics or check_gap(run, updates)
+            metrics = metrics or common.check_gap(run, updates)
             state["updates"] += 1
             lr = cfg.learning_rate * min(1.0, state["updates"] / max(cfg.warmup_updates, 1))
             norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
@@ -277,11 +245,10 @@ def train(run, groups):
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
     cfg, metrics = run.cfg, {}
-    sampled = ("val_sampled", cfg.val_temperature, cfg.val_top_p)
-    for name, temperature, top_p in (("val", 0.0, 1.0), sampled):
-        if name == "val" or temperature:
+    for name, t, top_p in ("val", 0.0, 1.0), ("val_sampled", cfg.val_temperature, cfg.val_top_p):
+        if name == "val" or t:
             groups = sample(run, run.val, run.val_rows, "val",
-                            group_size=1, temperature=temperature, top_p=top_p)
+                            group_size=1, temperature=t, top_p=top_p)
             common.write_groups(cfg.out_dir, name, run.state["step"], groups)
             metrics |= {f"{name}/{k}": v for k, v in common.response_metrics(groups).items()}
     return metrics
@@ -297,10 +264,6 @@ def finish_step(run, metrics):
     """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
     cfg, state, step = run.cfg, run.state, run.state["step"]
     last, times = is_over(run), dict(run.times)  # validate() adds to run.times
-    if step:
-        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
-        metrics["perf/tokens_per_s_per_gpu"] = (
-            tokens * metrics["groups/sampled"] * cfg.group_size / times["step"] / run.world)
     due = step > 0 and (step % cfg.save_every == 0 or last)
     if step % cfg.validate_every == 0 or last:
         with common.timed(times, "validate"):
@@ -311,19 +274,11 @@ def finish_step(run, metrics):
         value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
         if due and value > (state["best"] or [0, -1.0])[1]:
             state["best"] = [step, value]
-    metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
-                                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-    metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
+    common.log_step(run, metrics, times)
     run.times.clear()
-    if run.rank == 0:
-        common.write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
-        run.dashboard(metrics, step=step)
-        print(f"step {step:4d}/{run.last_step}", *(
-            f" {k} {v:.3g}" for k, v in metrics.items()
-            if k.endswith("reward/overall") or k == "time/step"), flush=True)
     if due:
         save(run)
-    check_unscored(run, metrics.get("val/reward/unscored", 0.0))
+    common.check_unscored(run, metrics.get("val/reward/unscored", 0.0))
 
 def is_over(run):
     """An epoch counts the prompts that were drawn, kept or not."""
@@ -337,20 +292,25 @@ def main():
     except (ValueError, OSError, ImportError) as error:  # a mistake that every rank meets
         common.stop(error)
     cfg, state = run.cfg, run.state
-    if state["step"] == 0:
-        finish_step(run, {})
-    while not is_over(run):
-        step = state["step"] + 1
-        with common.timed(run.times, "step"):
-            groups = collect(run, step)
-            rollout.sleep(run.engine)
-            metrics = common.response_metrics(groups) | common.group_metrics(groups)
-            check_unscored(run, metrics["reward/unscored"])
-            metrics |= train(run, groups)
-        state |= {"step": step, "cursor": state["cursor"] + len(groups), "kept": [
-            *state["kept"], [metrics["groups/kept"], len(groups)]][-10:]}
-        common.write_groups(cfg.out_dir, "step", step, groups)
-        finish_step(run, metrics)
+    try:
+        if state["step"] == 0:
+            finish_step(run, {})
+        while not is_over(run):
+            step = state["step"] + 1
+            with common.timed(run.times, "step"):
+                groups = collect(run, step)
+                rollout.sleep(run.engine)
+                metrics = common.response_metrics(groups) | common.group_metrics(groups)
+                common.check_unscored(run, metrics["reward/unscored"])
+                metrics |= train(run, groups)
+            state |= {"step": step, "cursor": state["cursor"] + len(groups), "kept": [
+                *state["kept"], [metrics["groups/kept"], len(groups)]][-10:]}
+            common.write_groups(cfg.out_dir, "step", step, groups)
+            finish_step(run, metrics)
+    except common.Stop as why:  # before an update: the last finished step is worth keeping
+        if run.saved != state["step"]:
+            save(run)
+        common.stop(why)
     dist.destroy_process_group()
 
 if __name__ == "__main__":

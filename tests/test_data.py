@@ -580,22 +580,22 @@ def test_fingerprint_sees_the_image_bytes(processor, tmp_path, monkeypatch):
 
 def test_order_is_a_permutation_of_seed_and_epoch():
     for start in (0, 50):
-        assert sorted(data.order(50, 1, start, 50)) == list(range(50))
-    orders = [tuple(data.order(50, seed, start, 50)) for seed in (1, 2) for start in (0, 50)]
+        assert sorted(data.order(range(50), 1, start, 50)) == list(range(50))
+    orders = [tuple(data.order(range(50), seed, start, 50)) for seed in (1, 2) for start in (0, 50)]
     assert len(set(orders)) == 4
-    again = data.order(50, 7, 150, 50)
+    again = data.order(range(50), 7, 150, 50)
     assert again == np.random.default_rng([7, 3]).permutation(50).tolist()
-    assert data.order(50, 1, 20, 0) == data.order(50, 1, 50, 0) == []
+    assert data.order(range(50), 1, 20, 0) == data.order(range(50), 1, 50, 0) == []
     assert {type(i) for i in again} == {int}
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 20])
 def test_order_runs_through_the_epochs(k):
     """Taken k at a time, whatever was taken before: nothing is lost or repeated at a border."""
-    whole = [i for epoch in range(8) for i in data.order(7, 5, 7 * epoch, 7)]
+    whole = [i for epoch in range(8) for i in data.order(range(7), 5, 7 * epoch, 7)]
     got = []
     while len(got) + k <= len(whole):
-        got += data.order(7, 5, len(got), k)
+        got += data.order(range(7), 5, len(got), k)
     assert got == whole[:len(got)] and len(got) > 7 * 4
 
 

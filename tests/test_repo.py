@@ -17,7 +17,7 @@ import train_grpo
 
 MODULES = {"loss", "policy", "rollout", "reward", "data", "common"}
 SCRIPTS = {"train_grpo", "train_dapo", "eval", "merge", "tiny", "report"}
-CLASSES = {("policy.py", "TokenLogprobs")}
+CLASSES = {("policy.py", "TokenLogprobs"), ("common.py", "Stop")}
 
 
 def tracked(pattern="*"):

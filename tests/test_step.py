@@ -9,6 +9,7 @@ import torch
 import common
 import data
 import reward
+import train_dapo
 import train_grpo
 
 
@@ -108,7 +109,7 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
     run.scorer = SimpleNamespace(encode=None, cfg=run.cfg)
 
     def prompts(step, first=0):
-        rows = [run.train.keep[i] for i in data.order(3, run.cfg.seed, 0, 7)]
+        rows = data.order(run.train.keep, run.cfg.seed, 0, 7)
         seen.clear()
         train_grpo.sample(run, run.train, rows, step, first)
         return [{k: p[k] for k in ("slot", "row", "seed", "ids")} for p in seen]
@@ -130,11 +131,9 @@ def test_validation_rows_that_are_trained_on_are_said(run, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def gap_run(tmp_path, monkeypatch, **settings):
-    saved = []
-    monkeypatch.setattr(train_grpo, "save", lambda run: saved.append(run.state["step"]))
+def gap_run(**settings):
     cfg = SimpleNamespace(**{**train_grpo.defaults, "dtype": "float32", **settings})
-    return saved, SimpleNamespace(cfg=cfg, rank=0, gaps_over=0, saved=4, state={"step": 5})
+    return SimpleNamespace(cfg=cfg, rank=0, gaps_over=0)
 
 
 def update_with(gap, weight=1.0):
@@ -144,29 +143,47 @@ def update_with(gap, weight=1.0):
     return [SimpleNamespace(rows=[row | {"weight": weight}, idle])]
 
 
-def test_a_gap_over_the_limit_stops_in_the_third_step_in_a_row(
-        tmp_path, monkeypatch, capsys, process_group):
-    saved, run = gap_run(tmp_path, monkeypatch)
-    assert train_grpo.check_gap(run, update_with(1e-4)) == pytest.approx(
+def test_a_gap_over_the_limit_stops_in_the_third_step_in_a_row(capsys, process_group):
+    run = gap_run()
+    assert common.check_gap(run, update_with(1e-4)) == pytest.approx(
         {"engine_gap/mean": 1e-4, "engine_gap/max": 1e-4})
     assert not capsys.readouterr().out
-    train_grpo.check_gap(run, update_with(-5e-4))
+    common.check_gap(run, update_with(-5e-4))
     assert "warning: engine and trainer differ by 0.0005" in capsys.readouterr().out
     for _ in range(2):
-        train_grpo.check_gap(run, update_with(2e-3))
-    train_grpo.check_gap(run, update_with(1e-4))  # healthy again: counted anew
+        common.check_gap(run, update_with(2e-3))
+    common.check_gap(run, update_with(1e-4))  # healthy again: counted anew
     for _ in range(2):
-        train_grpo.check_gap(run, update_with(float("nan")))
-    with pytest.raises(SystemExit, match=r"error: engine and trainer differ by 0.002"):
-        train_grpo.check_gap(run, update_with(2e-3))
-    assert saved == [5]
+        common.check_gap(run, update_with(float("nan")))
+    with pytest.raises(common.Stop, match=r"engine and trainer differ by 0.002"):
+        common.check_gap(run, update_with(2e-3))
 
 
-def test_a_run_s_first_gap_decides_at_once(tmp_path, monkeypatch, process_group):
-    saved, run = gap_run(tmp_path, monkeypatch, max_engine_gap=0.5)
-    run.gaps_over, run.saved = 2, 5
-    train_grpo.check_gap(run, update_with(0.4))
+def test_a_run_s_first_gap_decides_at_once(process_group):
+    run = gap_run(max_engine_gap=0.5)
+    run.gaps_over = 2  # as set_up() has it
+    common.check_gap(run, update_with(0.4))
     run.gaps_over = 2
-    with pytest.raises(SystemExit, match=r"max_engine_gap is 0.5"):
-        train_grpo.check_gap(run, update_with(0.6))
-    assert saved == [], "what is saved already was saved again"
+    with pytest.raises(common.Stop, match=r"max_engine_gap is 0.5"):
+        common.check_gap(run, update_with(0.6))
+
+
+@pytest.mark.parametrize("saved, expected", [(3, [5]), (5, [])])
+@pytest.mark.parametrize("trainer", [train_grpo, train_dapo])
+def test_a_run_that_must_stop_saves_its_last_step_once(monkeypatch, trainer, saved, expected):
+    def set_up(_):
+        return SimpleNamespace(cfg=None, state={"step": 5, "cursor": 0}, saved=saved, times={},
+                               last_step=9)
+
+    def collect(run, step):
+        raise common.Stop(f"step {step} cannot be")
+
+    saves = []
+    monkeypatch.setattr(trainer, "set_up", set_up)
+    monkeypatch.setattr(common, "load_config", lambda *_: None)
+    monkeypatch.setattr(trainer, "is_over", lambda run: False, raising=False)
+    monkeypatch.setattr(trainer, "collect", collect)
+    monkeypatch.setattr(trainer, "save", lambda run: saves.append(run.state["step"]))
+    with pytest.raises(SystemExit, match="error: step 6 cannot be"):
+        trainer.main()
+    assert saves == expected
