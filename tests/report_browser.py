@@ -1,11 +1,11 @@
-"""Headless Chromium over its debugging pipe: pages are opened, measured, clicked and pictured."""
+"""Headless Chromium over its debugging pipe: pages are opened, measured and clicked."""
 
-import base64
 import contextlib
 import json
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 
@@ -24,7 +24,19 @@ def browser(profile):
     os.close(ours[0])
     os.close(its[1])
     reader, writer = os.fdopen(its[0], "rb"), os.fdopen(ours[1], "wb")
-    number = 0
+    try:
+        yield partial(visit, *protocol(reader, writer))
+    finally:
+        process.kill()
+        process.wait()
+        reader.close()
+        with contextlib.suppress(BrokenPipeError):
+            writer.close()
+
+
+def protocol(reader, writer):
+    """-> call(method, session, parameters), receive() and the events that came in between."""
+    events, sent = [], []
 
     def receive():
         message = b""
@@ -35,51 +47,39 @@ def browser(profile):
         return json.loads(message[:-1])
 
     def call(method, session=None, **params):
-        nonlocal number
-        number += 1
-        message = {"id": number, "method": method, "params": params}
+        sent.append(method)
+        message = {"id": len(sent), "method": method, "params": params}
         message |= {"sessionId": session} if session else {}
         writer.write(json.dumps(message).encode() + b"\0")
         writer.flush()
-        while (reply := receive()).get("id") != number:
+        while (reply := receive()).get("id") != len(sent):
             events.append(reply)
         assert "error" not in reply, reply
         return reply["result"]
 
-    def visit(path, width, height=900):
-        """Open a file in a window of some pixels' width."""
-        target = call("Target.createTarget", url="about:blank")["targetId"]
-        session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        call("Emulation.setDeviceMetricsOverride", session, width=width, height=height,
-             deviceScaleFactor=1, mobile=width < 600)
-        call("Page.enable", session)
-        call("Runtime.enable", session)
-        events.clear()
-        call("Page.navigate", session, url=path.resolve().as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in events):
-            events.append(receive())
-        thrown = [event for event in events if event.get("method") == "Runtime.exceptionThrown"]
-        assert not thrown, thrown
+    return call, receive, events
 
-        def evaluate(script):
-            result = call("Runtime.evaluate", session, expression=script, returnByValue=True,
-                          awaitPromise=True)
-            assert "exceptionDetails" not in result, result
-            return result["result"].get("value")
 
-        def picture(out):
-            taken = call("Page.captureScreenshot", session, captureBeyondViewport=False)
-            out.write_bytes(base64.b64decode(taken["data"]))
+def visit(call, receive, events, path, width, height=900):
+    """Open a file in a window of some pixels' width; returns evaluate(JavaScript).
+    Fails if the page's own script does."""
+    target = call("Target.createTarget", url="about:blank")["targetId"]
+    session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    call("Emulation.setDeviceMetricsOverride", session, width=width, height=height,
+         deviceScaleFactor=1, mobile=width < 600)
+    call("Page.enable", session)
+    call("Runtime.enable", session)
+    events.clear()
+    call("Page.navigate", session, url=path.resolve().as_uri())
+    while not any(event.get("method") == "Page.loadEventFired" for event in events):
+        events.append(receive())
+    thrown = [event for event in events if event.get("method") == "Runtime.exceptionThrown"]
+    assert not thrown, thrown
 
-        evaluate.picture = picture
-        return evaluate
+    def evaluate(script):
+        result = call("Runtime.evaluate", session, expression=script, returnByValue=True,
+                      awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
 
-    events = []
-    try:
-        yield visit
-    finally:
-        process.kill()
-        process.wait()
-        reader.close()
-        with contextlib.suppress(BrokenPipeError):
-            writer.close()
+    return evaluate
