@@ -13,7 +13,6 @@ from ranks import ROOT
 
 import common
 import data
-import train_grpo
 
 MODULES = {"loss", "policy", "rollout", "reward", "data", "common"}
 SCRIPTS = {"train_grpo", "train_dapo", "eval", "merge", "tiny", "report"}
@@ -206,12 +205,14 @@ def test_configs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "configs" / name).read_text()
     header = "".join(row for row in text.splitlines(True) if row.startswith("#"))
-    command = re.search(rf"torchrun --nproc_per_node (\d+) (train_\w+)\.py configs/{name}", header)
+    command = re.search(
+        rf"torchrun --nproc_per_node (\d+) (\w+)\.py ((?:configs/\w+\.py )*configs/{name})", header)
     assert command, "the header shows no command"
-    trainer = train_grpo if command[2] == "train_grpo" else __import__(command[2])
-    cfg = common.load_config(trainer.defaults, [f"configs/{name}"])
-    assert cfg.out_dir != trainer.defaults["out_dir"]
-    trainer.check(cfg, int(command[1]))
+    script = importlib.import_module(command[2])
+    cfg = common.load_config(script.defaults, command[3].split())
+    if command[2] != "eval":
+        assert cfg.out_dir != script.defaults["out_dir"]
+        common.check(cfg, int(command[1]))
     assert data.read_template(cfg.prompt_template).count("{question}") == 1
 
 
