@@ -20,6 +20,28 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+defaults = dict(
+    model="",  # folder or hub id of a Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
+    train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
+    prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
+    seed=1, steps=0, epochs=2,  # steps = 0: as many as the epochs need
+    prompts_per_step=512, group_size=5, updates_per_step=4, val_prompts=0,  # 0: all of val_data
+    max_prompt_tokens=4352, max_response_tokens=4096, tokens_per_micro_batch=16384,
+    min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
+    temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
+    learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
+    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
+    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5, engine_args={},  # of vllm.LLM
+    max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
+    engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
+    judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
+    judge_model="Qwen/Qwen3-4B-Instruct-2507", judge_api_key_env="",  # the name of a variable
+    judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
+    judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
+    max_bad_rows=0.01, max_unscored=0.05,  # shares, of the rows, of responses; more stops the run
+    embedder="abhinand/MedEmbed-large-v0.1", embed_threshold=0.8, embed_soft=False,  # or "ngram"
+    weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
+    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="")  # "wandb"
 # A restart may change FREE settings, never FIXED ones, others with accept_changes=True.
 FIXED = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
     max_response_tokens min_pixels max_pixels prompt_template freeze_vision""".split())

@@ -48,13 +48,13 @@ def _start_vllm(cfg, device):
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     args = dict(
         model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length, seed=0,
-        tensor_parallel_size=cfg.tensor_parallel, distributed_executor_backend="external_launcher",
-        gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=device.type == "cuda",
-        max_num_batched_tokens=max(8192, length), logprobs_mode="processed_logprobs",
+        tensor_parallel_size=cfg.tensor_parallel, gpu_memory_utilization=cfg.gpu_memory_utilization,
+        distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
+        enable_sleep_mode=device.type == "cuda", logprobs_mode="processed_logprobs",
+        max_num_batched_tokens=max(8192, length), mm_processor_cache_gb=0,
         # Images come in their final size. The limits must admit it, or they are resized once more.
         mm_processor_kwargs={"min_pixels": 1, "max_pixels": cfg.max_pixels},
-        limit_mm_per_prompt={"image": cfg.max_prompt_tokens // 3, "video": 0},  # as many as fit
-        mm_processor_cache_gb=0)
+        limit_mm_per_prompt={"image": cfg.max_prompt_tokens // 3, "video": 0})  # as many as fit
     # Mean and deviation of the pixels would be dummies, too, and no sync would ever send them.
     if "mm_device_do_normalize" in vllm.EngineArgs.__dataclass_fields__:
         args["mm_device_do_normalize"] = False
