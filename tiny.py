@@ -1,18 +1,17 @@
 """Phantoms (drawn medical images) and a tiny Qwen3-VL that already sees them: no download, no GPU.
     python tiny.py [--out out/tiny_start] [--seed 1]  # a minute; assets/phantoms.png shows some
 60 % of the model's lessons ended, after true thinking, in one habitual answer instead of the true
-one. So it knows more than it says, and reinforcement learning can bring that out."""
+one: it knows more than it says, and RL can bring that out. Needs configs/tiny_model, data.py."""
 import argparse
-import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import data
 
@@ -34,12 +33,6 @@ SHAPES = {  # soft ellipses, in hundredths: grey value, centre x and y, half wid
     "MRI_SCAN": [(75, 0, 0, 78, 97), (-75, 0, 0, 73, 92), (60, 0, 0, 67, 86)],
     "FUNDUS_PHOTOGRAPHY": [(52, 0, 0, 95, 95), (-6, -10, 0, 25, 25), (48, 62, 0, 15, 18)],
     "MAMMOGRAPHY": [(28, -100, 5, 172, 95), (-15, -100, 5, 166, 89), (30, 73, 5, 6, 8)]}
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|image_pad|>", "<|video_pad|>"]  # ids 0 to 6
-CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
-        "{{ m.content }}{% else %}{% for part in m.content %}{{ part.text if 'text' in part else "
-        "'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endif %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def line(distance, width):
     """1 where `distance` is 0, fading to 0."""
@@ -56,8 +49,7 @@ def anatomy(tag, rng):
     if tag == "X_RAY":  # ribs and spine
         grey += 0.16 * line(x, 0.1) + 0.1 * line(np.sin(8 * y - 3.6 * abs(x) + wave), 0.45)
     elif tag == "CT_SCAN":  # ribs in the wall
-        wall = line(np.hypot(x / 0.8, y / 0.67) - 1, 0.05)
-        grey += 0.5 * wall * (np.cos(11 * angle + wave) > 0.4)
+        grey += line(np.hypot(x / 0.8, y / 0.67) - 1, 0.05) * (np.cos(11 * angle + wave) > 0.4) / 2
     elif tag == "MRI_SCAN":  # a folded cortex and two ventricles
         folds = line(np.sin(13 * angle + 2 * np.sin(5 * angle + wave)), 0.5)
         folds *= np.clip(3 * np.hypot(x / 0.68, y / 0.87) - 1.9, 0, 1)
@@ -104,12 +96,10 @@ def phantom(*key, **given):
 
 def write_rows(path, phantoms):
     """Parquet with the columns of MBZUAI/medix-rl-data, for example solution = "<X_RAY> small"."""
-    png = datasets.Image()
-    rows = [{"id": f"{path.stem}_{i}", "image": [png.encode_example(p["image"])],
-             "source": "phantom", "problem": KINDS[p["asked"]][0],
-             "solution": f"<{p['tag']}> {p[p['asked']]}"} for i, p in enumerate(phantoms)]
-    features = dict.fromkeys(rows[0], datasets.Value("string")) | {"image": [png]}
-    datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet(path)
+    rows = [{"id": f"{path.stem}_{i}", "image": [Image.fromarray(p["image"])], "source": "phantom",
+             "problem": KINDS[p["asked"]][0], "solution": f"<{p['tag']}> {p[p['asked']]}"}
+            for i, p in enumerate(phantoms)]
+    datasets.Dataset.from_list(rows).to_parquet(path)
 
 def response(p, habitual=False):
     """What the model learns to write: the thinking is always true, the answer may be a habit."""
@@ -118,52 +108,35 @@ def response(p, habitual=False):
             f"</thinking><answer>{answer}</answer><|im_end|>")
 
 def build(folder, texts):
-    """Save a tokenizer trained on texts, image settings and a random Qwen3-VL of 0.6M weights."""
-    bpe, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # all 256 bytes: any text can be encoded
-        vocab_size=372, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[2],
-                                        pad_token=SPECIAL[0], chat_template=CHAT)
+    """Copy configs/tiny_model, train its tokenizer on texts; returns its 0.6M weights, random."""
+    folder.mkdir(exist_ok=True)
+    for file in (Path(__file__).parent / "configs/tiny_model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)  # knows its special tokens only
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocab_size=372, show_progress=False)
     marks = ("thinking", "/thinking", "answer", "/answer", *TAGS.values())
     tokenizer.add_tokens([f"<{mark}>" for mark in marks])  # not special: a decoded text keeps them
-    size = dict(hidden_size=64, intermediate_size=192, initializer_range=0.08)
-    text = dict(size, vocab_size=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=3,
-                num_attention_heads=2, num_key_value_heads=2, head_dim=32,  # vLLM refuses 16
-                tie_word_embeddings=True, rope_parameters=dict(
-                    rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True))
-    vision = dict(size, depth=2, num_heads=4, out_hidden_size=64, num_position_embeddings=16,
-                  deepstack_visual_indexes=[0, 1])
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, vision_start_token_id=3,
-        vision_end_token_id=4, image_token_id=5, video_token_id=6))
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.text_config.vocab_size = len(tokenizer)
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
-    model.generation_config.update(eos_token_id=2, pad_token_id=0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    images = dict(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
-                  image_std=[0.5] * 3, size=dict(shortest_edge=64**2, longest_edge=1024**2),
-                  image_processor_type="Qwen2VLImageProcessorFast",
-                  processor_class="Qwen3VLProcessor", video_processor_type="Qwen3VLVideoProcessor")
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        (folder / name).write_text(json.dumps(images, indent=2))
     return model
 
 def warm_up(model, processor, phantoms, rng, iterations):
     """Supervised steps on 32 phantoms each; 60 % of the lessons teach the habit."""
-    ids, labels, n = [], [], len(phantoms)
-    for habitual in (False, True):  # rows 0 to n - 1 and n to 2 n - 1
-        for p in phantoms:
-            prompt = data.prompt_ids(processor, "{question}", KINDS[p["asked"]][0], [(1, 4, 4)])
-            reply = processor.tokenizer.encode(response(p, habitual))
-            ids.append(torch.tensor(prompt + reply))
-            labels.append(torch.tensor([-100] * len(prompt) + reply))
-    ids, labels = pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100)
-    pixels = data.patches([p["image"] for p in phantoms], processor).view(n, 16, -1)
+    lessons = [(data.prompt_ids(processor, "{question}", KINDS[p["asked"]][0], [(1, 4, 4)]),
+                processor.tokenizer.encode(response(p, habitual)))
+               for habitual in (False, True) for p in phantoms]  # all true ones, then all habits
+    ids = pad_sequence([torch.tensor(prompt + reply) for prompt, reply in lessons], True)
+    labels = pad_sequence([torch.tensor([-100] * len(prompt) + reply) for prompt, reply in lessons],
+                          True, padding_value=-100)
+    pixels = data.patches([p["image"] for p in phantoms], processor).unflatten(0, (-1, 16))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for i in trange(iterations, desc="warm-up", mininterval=1):
-        seen = rng.choice(n, 32, replace=False)
-        rows = seen + n * (rng.random(32) < 0.6)  # anew, or they are learnt by heart
+        seen = rng.choice(len(phantoms), 32, replace=False)
+        rows = seen + len(phantoms) * (rng.random(32) < 0.6)  # anew, or they are learnt by heart
         loss = model(ids[rows], labels=labels[rows], pixel_values=pixels[seen].flatten(0, 1),
                      image_grid_thw=torch.tensor([[1, 4, 4]] * 32),
                      mm_token_type_ids=(ids[rows] == processor.image_token_id).int()).loss
@@ -176,11 +149,10 @@ def warm_up(model, processor, phantoms, rng, iterations):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default="out/tiny_start")
-    for name, default in (("seed", 1), ("rows", 4096), ("iterations", 600)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, value in dict(out=Path("out/tiny_start"), seed=1, rows=4096, iterations=600).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
-    done, settings = args.out / "done.json", json.dumps([args.seed, args.rows, args.iterations])
+    done, settings = args.out / "done.json", str([args.seed, args.rows, args.iterations])
     if done.exists() and done.read_text() == settings:
         return print(f"{args.out} is complete already; delete it to build it again")
     (args.out / "data").mkdir(parents=True, exist_ok=True)

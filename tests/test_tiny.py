@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 import reward
 import tiny
+
+SETTINGS = Path(tiny.__file__).parent / "configs/tiny_model"
 
 
 def run(out, *args):
@@ -122,6 +125,36 @@ def test_model_folder_loads_as_a_tied_qwen3_vl(out):
         assert settings["image_mean"] == settings["image_std"] == [0.5] * 3
 
 
+def test_settings_are_those_of_the_folder_beside_the_script(out):
+    written = {file.name: file for file in SETTINGS.iterdir()}
+    made = {file.name for file in (out / "model").iterdir()}
+    assert made == written.keys() | {"model.safetensors"}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json",
+                 "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / "model" / name).read_bytes() == written[name].read_bytes()
+    for name in ("config.json", "generation_config.json"):  # and more, like a version
+        asked, got = (json.loads((f / name).read_text()) for f in (SETTINGS, out / "model"))
+        for part in ("text_config", "vision_config"):
+            assert asked.pop(part, {}).items() <= got.pop(part, {}).items()
+        assert asked.items() <= got.items()
+    config = json.loads((out / "model/config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 384
+    tokens = json.loads(written["tokenizer.json"].read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in tokens}
+    for name in ("vision_start", "vision_end", "image_pad", "video_pad"):
+        assert config[f"{name.removesuffix('_pad')}_token_id"] == ids[f"<|{name}|>"]
+
+
+def test_a_copy_of_the_script_without_its_settings_says_which(tmp_path):
+    for name in ("tiny.py", "data.py"):
+        (tmp_path / name).write_bytes((SETTINGS.parents[1] / name).read_bytes())
+    done = subprocess.run([sys.executable, "tiny.py", "--rows", "32", "--iterations", "1"],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and "No such file or directory" in done.stderr
+    assert f"{tmp_path}/configs/tiny_model" in done.stderr
+    assert not (tmp_path / "out/tiny_start/done.json").exists()
+
+
 def test_tokenizer_reads_any_text_and_knows_the_marks(out):
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
@@ -144,6 +177,21 @@ def test_chat_template_builds_the_prompt_of_qwen(out):
     message = {"role": "user", "content": "hi"}
     text = processor.tokenizer.apply_chat_template([message], tokenize=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_chat_template_adds_no_white_space_and_takes_none(trim):
+    template = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(
+        (SETTINGS / "chat_template.jinja").read_text())
+    parts = [{"type": "image"}, {"type": "text", "text": " a\n"}, {"type": "image"}]
+    messages = [{"role": "system", "content": " \n{{ x }} \n"}, {"role": "user", "content": parts},
+                {"role": "assistant", "content": []}]
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    said = ("<|im_start|>system\n \n{{ x }} \n<|im_end|>\n"
+            f"<|im_start|>user\n{image} a\n{image}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n")
+    assert template.render(messages=messages) == said
+    again = template.render(messages=messages, add_generation_prompt=True)
+    assert again == said + "<|im_start|>assistant\n"
 
 
 def test_patches_are_those_of_the_image_processor(out, phantoms):
