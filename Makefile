@@ -8,12 +8,17 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 
-.PHONY: demo test test-vllm lint bench
+.PHONY: demo eval-demo test test-vllm lint bench
 
 demo: .venv/demo
 	$(BIN)/python tiny.py
 	$(BIN)/torchrun --nproc_per_node 2 train_grpo.py configs/tiny.py
 	$(BIN)/python report.py curve out/tiny --out out/tiny/curve.png
+	$(BIN)/python report.py rollouts out/tiny --out out/tiny/rollouts.html
+
+eval-demo: .venv/demo  # after make demo
+	$(BIN)/python merge.py out/tiny/checkpoints/latest --out out/tiny/merged --force
+	$(BIN)/python eval.py configs/eval.py configs/tiny_eval.py --model=out/tiny/merged
 
 test: .venv/test
 	$(BIN)/python -m pytest -q -m "not vllm"
@@ -26,6 +31,8 @@ lint: .venv/test
 
 bench: .venv/demo
 	$(BIN)/python bench/logprob_memory.py
+	$(BIN)/python bench/rollout.py
+	$(BIN)/python bench/judge_votes.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
