@@ -43,16 +43,17 @@ def one_by_one(url, items):
 def judge_stage(url, items, folder):
     """eval.py's stage on the same answers; asserts that it asked for each vote."""
     cfg = common.load_config(evaluation.defaults, [
-        f"--judge_url={url}", "--judge_check=False", "--judge_concurrency=128"])
+        str(ROOT / "configs/eval.py"), f"--judge_url={url}", "--judge_check=False"])
     run = SimpleNamespace(cfg=cfg, rank=0, world=1, folder=folder, rounds=3, judge=None,
                           items=items, tasks={"made_up": {"rating": False}})
-    evaluation.add(run, "responses", *({"id": item["id"], "response": item["said"], "error": None}
-                                       for item in items))
-    evaluation.tidy(run, "responses")
+    common.write_lines(folder / "responses.jsonl", [
+        {"id": item["id"], "response": item["said"], "error": None} for item in items])
+    evaluation.tidy(run)
     start = perf_counter()
     evaluation.judge(run)
     seconds = perf_counter() - start
-    lines = evaluation.read_lines(folder / "judgements.jsonl")
+    evaluation.tidy(run)
+    lines = sum(run.judgements.values(), [])
     assert len(lines) == 3 * len(items) and not any(line["error"] for line in lines)
     return seconds
 
