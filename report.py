@@ -12,15 +12,13 @@ import matplotlib.pyplot as plt
 
 LOOK = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 11, "lines.linewidth": 2}
-STYLES = dict(greedy=dict(marker="o", ms=4), training=dict(lw=1, alpha=0.3), sampled=dict(ls="--"),
-              judge={}, embed=dict(ls="--"), modality=dict(ls="-."), format=dict(ls=":"))
-PANELS = {  # title -> {metric: its style and name}
-    "reward": {"val/reward/overall": "greedy", "reward/overall": "training",
-               "val_sampled/reward/overall": "sampled"},
-    "parts of the reward (greedy)": {
-        f"val/reward/{part}": part for part in ("judge", "embed", "modality", "format")},
-    "response length, tokens": {
-        "val/response_tokens/mean": "greedy", "response_tokens/mean": "training"}}
+WAYS = {"val/": dict(label="greedy", marker="o", ms=4), "": dict(label="training", lw=1, alpha=0.3),
+        "val_sampled/": dict(label="sampled", ls="--")}  # by how a metric's name starts
+PARTS = {"judge": "-", "embed": "--", "modality": "-.", "format": ":"}
+PANELS = {  # title -> {metric: its name and look}
+    "reward": {f"{way}reward/overall": look for way, look in WAYS.items()},
+    "parts of the reward (greedy)": {f"val/reward/{p}": dict(label=p, ls=PARTS[p]) for p in PARTS},
+    "response length, tokens": {f"{way}response_tokens/mean": WAYS[way] for way in ("val/", "")}}
 COUNTED = {"trained": "groups/kept", "generated": "groups/sampled"}  # times group_size, for --x
 
 def read_lines(path):
@@ -33,9 +31,8 @@ def read_lines(path):
 
 def read_run(run, x="step"):
     """OUT_DIR or LABEL=OUT_DIR -> label and lines of metrics.jsonl, each of which also knows x."""
-    plain = "=" not in run or Path(run).is_dir()
-    label, _, folder = ("", "", run) if plain else run.partition("=")
-    rows, so_far = read_lines(Path(folder, "metrics.jsonl")), 0
+    label, _, folder = (f"={run}" if Path(run).is_dir() else run).partition("=")
+    rows, so_far = read_lines(Path(folder or run, "metrics.jsonl")), 0
     if not any("val/reward/overall" in row for row in rows):
         raise ValueError(f"{folder} has no validation: wait for one, or set validate_every above 0")
     if x in COUNTED:
@@ -47,20 +44,17 @@ def read_run(run, x="step"):
 def curve(runs, out, x="step"):
     """Draw [(label, lines of metrics.jsonl)]: reward, its parts and response length against x."""
     plt.rcParams.update(LOOK)
-    colours = {label: f"C{i}" for i, label in enumerate(dict(runs))}
+    keys = {label: plt.Line2D([], [], color=f"C{i}", lw=5) for i, label in enumerate(dict(runs))}
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.9), layout="constrained")
-    for ax, (title, lines) in zip(axes, PANELS.items()):
-        for key, name in lines.items():
+    for ax, top, (title, lines) in zip(axes, (1.03, 1.03, None), PANELS.items()):
+        for metric, look in lines.items():
             for label, rows in runs:
-                points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
-                ax.plot(*zip(*points), color=colours[label], **STYLES[name])
-            if any(row.get(key) is not None for _, rows in runs for row in rows):
-                ax.plot([], [], label=name, color="0.35", **STYLES[name])  # grey: for all runs
-        ax.set(title=title, xlabel=f"responses {x}" if x in COUNTED else x,
-               ylim=(0, None if ax is axes[2] else 1.03))
-        ax.legend(*ax.get_legend_handles_labels(), loc="lower right")
-    handles = [plt.Line2D([], [], color=colour, lw=5) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside upper center", ncols=4, fontsize=15)
+                points = [(row[x], row[metric]) for row in rows if row.get(metric) is not None]
+                ax.plot(*zip(*points), color=keys[label].get_color(), **look)
+        ax.set(title=title, xlabel=f"responses {x}" if x in COUNTED else x, ylim=(0, top))
+        drawn = dict(zip(*reversed(ax.get_legend_handles_labels())))  # a name once, in grey
+        plt.setp(ax.legend(drawn.values(), drawn, loc="lower right").get_lines(), color="0.35")
+    figure.legend(keys.values(), keys, loc="outside upper center", ncols=4, fontsize=15)
     figure.savefig(out, dpi=120)
 
 def results(folder):
@@ -85,16 +79,15 @@ def rollouts(folder, step):
     step = read_lines(folder / "metrics.jsonl")[-1]["step"] if step is None else step
     for file in sorted(folder.glob(f"rollouts/*_{step:06d}.jsonl")):
         split, groups = file.stem[:-7], read_lines(file)
-        rows, where = data.read_rows(config["train_data" if split == "step" else "val_data"])
+        rows, base = data.read_rows(config["train_data" if split == "step" else "val_data"])
         for group in groups[::len(groups) // 100 + 1]:
             row = rows[group["row"]] if group["row"] < len(rows) else {}
             if [row.get("problem"), row.get("solution")] != [group["prompt"], group["solution"]]:
                 raise ValueError(f"{file}: row {group['row']} of the data has changed, put it back")
             images, group["images"] = row.get("image", row.get("images")) or [], []
             for image in images if isinstance(images, list) else [images]:
-                image = image if isinstance(image, dict) else {"path": image}
-                file_bytes = image.get("bytes") or Path(where, image["path"]).read_bytes()
-                image = data.decode({"bytes": file_bytes})
+                x = image if isinstance(image, dict) else {"path": image}
+                image = data.decode({"bytes": x.get("bytes") or Path(base, x["path"]).read_bytes()})
                 image.thumbnail((512, 512))
                 image.save(jpeg := io.BytesIO(), "JPEG", quality=85, subsampling=0)
                 group["images"].append(b64encode(jpeg.getvalue()).decode())

@@ -76,6 +76,19 @@ def test_runs_of_a_label_share_a_colour(tmp_path):
         assert {BLUE, ORANGE} <= found and (GREEN in found) == (count == 4)
 
 
+def test_a_legend_names_what_is_drawn_once_in_grey(tmp_path):
+    runs = [report.read_run(write_run(tmp_path / f"run{i}", i, sampled=i > 0)) for i in range(2)]
+    parts, lines = ["judge", "embed", "modality", "format"], ["greedy", "training"]
+    for shown, names in ((runs, [*lines, "sampled"]), (runs[:1], lines)):
+        report.curve(shown, tmp_path / "curve.png")
+        legends = [ax.get_legend() for ax in report.plt.gcf().axes]
+        assert [[text.get_text() for text in legend.texts] for legend in legends] == [
+            names, parts, lines]
+        assert {line.get_color() for legend in legends for line in legend.get_lines()} == {"0.35"}
+        assert [line.get_linestyle() for line in legends[1].get_lines()] == ["-", "--", "-.", ":"]
+        assert legends[0].get_lines()[0].get_marker() == "o"
+
+
 def test_responses_are_counted_from_the_groups_of_all_steps_so_far(tmp_path):
     run = write_run(tmp_path / "run", 0, steps=11)
     assert report.read_run(run)[0] == run
@@ -106,6 +119,14 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, content, says):
     assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
     assert ("line 2 column" in done.stderr) == (says[:4] == "mend")
     assert not (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize("run", ["grop", "GRPO=grop", "lr=grop"])
+def test_a_run_that_is_not_there_is_named(tmp_path, monkeypatch, run):
+    write_run(tmp_path / "here", 0)
+    monkeypatch.chdir(tmp_path / "here")  # whose own metrics.jsonl is not the one asked for
+    with pytest.raises(FileNotFoundError, match="'grop/metrics.jsonl'"):
+        report.read_run(run)
 
 
 def test_a_last_line_that_is_still_being_written_is_left_out(tmp_path):
