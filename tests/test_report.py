@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, content, says):
 def test_a_run_that_is_not_there_is_named(tmp_path, monkeypatch, run):
     write_run(tmp_path / "here", 0)
     monkeypatch.chdir(tmp_path / "here")  # whose own metrics.jsonl is not the one asked for
-    with pytest.raises(FileNotFoundError, match="'grop/metrics.jsonl'"):
+    with pytest.raises(FileNotFoundError, match=r"'grop/metrics\.jsonl'"):
         report.read_run(run)
 
 
