@@ -71,7 +71,9 @@ def read_task(cfg, name, task):
     task["items"] = [{"at": at, "choices": None, "index": None} | task["item"](row)
                      for at, row in enumerate(texts) if task["where"](row)]
     for row, item in enumerate(task["items"]):
-        item |= {"id": f"{name}/{row}", "task": name, "row": row, "answer": item["answer"].strip()}
+        choices = [f"\n{chr(65 + i)}. {c}" for i, c in enumerate(item["choices"] or []) if c]
+        item |= {"id": f"{name}/{row}", "task": name, "row": row, "answer": item["answer"].strip(),
+                 "asked": "".join([item["question"], "\n\nChoices:" * bool(choices), *choices])}
     image_files(task, task["items"][0])  # is there access to them?
     return task
 
@@ -82,21 +84,16 @@ def image_files(task, item):
     images = [x for image in images for x in (image if isinstance(image, list) else [image]) if x]
     return [{"bytes": fetch(x)} for x in images] if fetch else images
 
-def ask_text(item):
-    """The question and, below it, the choices; one that is missing leaves its letter out."""
-    lettered = [f"\n{chr(65 + i)}. {c}" for i, c in enumerate(item["choices"] or []) if c]
-    return item["question"] + ("\n\nChoices:" + "".join(lettered) if lettered else "")
-
 def read(run, item):
     """-> a prompt for rollout.generate, and its pictures as they are. ValueError, OSError: why."""
-    task, patch = run.tasks[item["task"]], run.processor.patch
-    row = {"problem": ask_text(item), "solution": "<OTHER> -", "images": image_files(task, item)}
+    task, patch, most = run.tasks[item["task"]], run.processor.patch, run.cfg.max_prompt_tokens
+    row = {"problem": item["asked"], "solution": "<OTHER> -", "images": image_files(task, item)}
     row, _ = data.read_row(SimpleNamespace(rows=[row], folder=task["folder"], cfg=run.cfg,
                                            processor=run.processor, tags=["OTHER"]), 0)
+    if len(row["ids"]) > most:
+        raise ValueError(f"{len(row['ids'])} tokens: raise max_prompt_tokens={most}")
     images = [np.array(picture.resize((w * patch, h * patch)))  # bicubic, as in training
               for picture, (_, h, w) in zip(row["images"], row["grid"])]
-    if len(row["ids"]) > (most := run.cfg.max_prompt_tokens):
-        raise ValueError(f"{len(row['ids'])} tokens: raise max_prompt_tokens={most}")
     return row | {"row": item["id"], "item": item, "pictures": row["images"], "images": images,
                   "seed": common.seed_of(run.cfg.seed, item["id"])}
 
@@ -120,6 +117,11 @@ def tidy(run):
         groups = itertools.groupby(records, key=lambda r: r["id"])
         vars(run)[name] = {i: [*records] for i, records in groups}
 
+def add(run, name, records):
+    """Write records of this rank; a kill does not undo it. Not synced: the engine would wait."""
+    with open(run.folder / f"{name}.part{run.rank}", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
 def generate(run):
     """Ask what has no response. What cannot be asked is an error, until a next start."""
     cfg, done = run.cfg, {i for i, [r] in run.responses.items() if not r["error"]}
@@ -129,11 +131,10 @@ def generate(run):
     if not chunks:
         return
 
-    def record(item, **said):
-        said = {"response": "", "finish_reason": None, "tokens": 0, "error": None} | said
+    def record(item, response="", finish_reason=None, tokens=0, error=None):
+        said = dict(response=response, finish_reason=finish_reason, tokens=tokens, error=error)
         if item["id"] not in done:
-            common.write_lines(f"{run.folder}/responses.part{run.rank}", [{
-                k: item[k] for k in ASKED} | said], "a")
+            add(run, "responses", [{k: item[k] for k in ASKED} | said])
 
     def prompts(chunk):
         for item in chunk:
@@ -157,8 +158,7 @@ def generate(run):
                 max_tokens=cfg.max_response_tokens):
             opened = decode(prompt["ids"][-3:]).rstrip().endswith("<think>")  # by the template
             text = "<think>" * opened + decode([t for t in r["ids"] if t not in engine.stop_ids])
-            record(prompt["item"], response=text, tokens=len(r["ids"]),
-                   finish_reason=r["finish_reason"])
+            record(prompt["item"], text, r["finish_reason"], len(r["ids"]))
 
 def stated_option(answer, choices):
     """The index of the choice that an answer names by letter, text or both; None if unclear."""
@@ -193,7 +193,7 @@ def vote(run, item, answer):
     for i in range(run.rounds):
         if cfg.votes != "original" and run.rounds > 1:  # independent samples
             more |= {"seed": cfg.seed + i, "temperature": cfg.vote_temperature}
-        verdict, prompt, said = reward.ask(run.judge, 0, ask_text(item), truth, answer, **more)
+        verdict, prompt, said = reward.ask(run.judge, 0, item["asked"], truth, answer, **more)
         talk = more.get("messages", [{"role": "user", "content": prompt}])
         reply, error = (None, said) if verdict is None else (said, None)
         records.append(dict(id=item["id"], round=i, prompt=talk[-1]["content"], reply=reply,
@@ -205,9 +205,8 @@ def vote(run, item, answer):
 
 def judge(run):
     """Judge all responses, in rounds. What a judge failed at is an error, until a next start."""
-    jobs, known, part = [], [], run.folder / f"judgements.part{run.rank}"
-    done = {i for i, rounds in run.judgements.items() if not any(r["error"] for r in rounds)
-            and (rounds[0]["prompt"] is None or len(rounds) == run.rounds)}
+    jobs, done = [], {i for i, rounds in run.judgements.items() if not any(
+        r["error"] for r in rounds) and (rounds[0]["prompt"] is None or len(rounds) == run.rounds)}
     said = {i: r["response"] for i, [r] in run.responses.items() if not r["error"]}
     todo = [item for item in run.items if item["id"] in said.keys() - done]
     for item in todo[run.rank::run.world]:
@@ -216,11 +215,10 @@ def judge(run):
             run.judge = run.judge or reward.open_judge(run.cfg, run.world)
             jobs.append(run.judge.pool.submit(vote, run, item, answer))
         else:
-            known.append(dict(id=item["id"], round=0, prompt=None, reply=None, verdict=verdict,
-                              judge=rule, error=None))
-    common.write_lines(part, known, "a")
+            add(run, "judgements", [dict(id=item["id"], round=0, prompt=None, reply=None,
+                                         verdict=verdict, judge=rule, error=None)])
     for job in as_completed(jobs):
-        common.write_lines(part, job.result(), "a")
+        add(run, "judgements", job.result())
 
 def estimate(groups):
     """Groups of scores -> the mean of the groups' means, with a 95 % bootstrap interval."""
@@ -237,8 +235,7 @@ def score(run):
     for name, task in run.tasks.items():
         ids = [item["id"] for item in task["items"] if item["id"] not in excluded]
         if missing := {*ids} - run.judgements.keys() - failed:
-            raise ValueError(f"{len(missing)} items of {name} have no response or judgement: run "
-                             "the stages generate and judge")
+            raise ValueError(f"{name} lacks {len(missing)} judgements: run generate and judge")
         rounds = [run.judgements.get(i, []) for i in ids]
         verdicts = [[r["verdict"] for r in some] for some in rounds]
         means = [sum(v) / len(v) if v and None not in v else 0.0 for v in verdicts]
@@ -282,10 +279,11 @@ def submit(run):
     rows += [("Overall", 100 * mean, f"{mean:.2%}")] * (len(rows) > 1)  # times 100, as there
     table = pandas.DataFrame(rows, columns=["Task", "Accuracy", "Accuracy (%)"]).to_string()
     files = {".jsonl": "", "_eval.jsonl": "", "_score.txt": f"Model: {name}\n\n{table}"}
-    for r, mark in [(run.responses[i][0], mark) for i, mark in scores["items"].items()]:
-        mark = {"score": 5 * mark if run.tasks[r["task"]]["rating"] else int(mark)}
-        record = {"id": f"{r['task']}_{r['row']}", "question": ask_text(r), "answer": r["answer"],
-                  "response": r["response"], "answer_idx": None}
+    for item in [item for item in run.items if item["id"] in scores["items"]]:
+        [response], mark = run.responses[item["id"]], scores["items"][item["id"]]
+        mark = {"score": 5 * mark if run.tasks[item["task"]]["rating"] else int(mark)}
+        record = {"id": f"{item['task']}_{item['row']}", "question": item["asked"], "answer":
+                  item["answer"], "response": response["response"], "answer_idx": None}
         for ending, more in ((".jsonl", {}), ("_eval.jsonl", {"evaluation": mark})):
             files[ending] += json.dumps(record | more, ensure_ascii=False) + "\n"
     with zipfile.ZipFile(run.folder / f"{code}_{short}_submission.zip", "w") as file:
@@ -327,8 +325,8 @@ def set_up(cfg):
             raise ValueError(f"{name}: there is no {wrong}, but {', '.join(choices)}")
     run = SimpleNamespace(cfg=cfg, judge=None, tasks={}, skipped={},
                           rounds=3 if cfg.votes == "original" else int(cfg.votes))
-    cfg.prompt_template = data.read_template(
-        cfg.prompt_template if cfg.prompt == "train" else "{question}")
+    cfg.prompt_template = "{question}" if cfg.prompt == "plain" else data.read_template(
+        cfg.prompt_template)
     run.rank, run.world, run.device = common.start()
     run.processor = data.load_processor(cfg.model)
     for name, task in find_tasks(cfg).items():

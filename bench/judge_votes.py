@@ -65,8 +65,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.05)
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    items = [{"id": f"made_up/{i}", "task": "made_up", "question": f"What is {i}?", "choices": None,
-              "index": None, "answer": f"finding {i}", "said": f"something {i}"}
+    items = [{"id": f"made_up/{i}", "task": "made_up", "asked": f"What is {i}?", "index": None,
+              "answer": f"finding {i}", "said": f"something {i}"}
              for i in range(args.items)]
     port = free_port()
     url, few = f"http://127.0.0.1:{port}/v1", items[:max(1, args.items // 20)]

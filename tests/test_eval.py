@@ -26,6 +26,7 @@ FILES = ("responses.jsonl", "judgements.jsonl", "scores.json", "scores.md")
 TINY = {"prompt_template": "{question}", "max_prompt_tokens": 2000, "max_response_tokens": 24,
         "min_pixels": 4096, "max_pixels": 4096, "dtype": "float32", "engine": "torch",
         "judge": "exact", "judge_check": False, "judge_patience_s": 0.5, "judge_timeout_s": 5.0}
+PHANTOMS = 150
 MORE = [{"id": f"q{i}", "question": f"Which is number {i}?", "choices": ["one", "two", "", "four"],
          "answer_index": 1, "answer": "two"} for i in range(40)]
 
@@ -36,12 +37,20 @@ def png(size=(40, 30), seed=0):
     return file.getvalue()
 
 
+@pytest.fixture(scope="session")
+def phantoms(start, tmp_path_factory):
+    """The first PHANTOMS of the validation data."""
+    rows = datasets.Dataset.from_parquet(f"{start}/data/val.parquet").select(range(PHANTOMS))
+    rows.to_parquet(file := tmp_path_factory.mktemp("phantoms") / "phantom.parquet")
+    return file
+
+
 @pytest.fixture
-def sources(start, tmp_path):
+def sources(start, phantoms, tmp_path):
     """data_dir with questions of text, and phantoms."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MORE))
-    return [f"--data_dir={tmp_path}/data", f"--tasks=phantom={start}/data@val,text",
+    return [f"--data_dir={tmp_path}/data", f"--tasks=phantom={phantoms},text",
             f"--model={start}/model", f"--out_dir={tmp_path}/out"]
 
 
@@ -103,7 +112,7 @@ def test_files_and_fields(run, sources):
     assert said is None and folder.name.startswith("tmp_")
     responses, judged = lines(folder, "responses"), lines(folder, "judgements")
     ids = [r["id"] for r in responses]
-    assert ids == [r["id"] for r in judged] and len({*ids}) == len(ids) == 552
+    assert ids == [r["id"] for r in judged] and len({*ids}) == len(ids) == PHANTOMS + 40
     assert ids[:2] == ["phantom/0", "phantom/1"] and ids[-1] == "text/39"  # by number, not by text
     assert [*responses[0]] == ["id", "task", "row", "question", "choices", "answer", "response",
                                "finish_reason", "tokens", "error"]
@@ -115,8 +124,9 @@ def test_files_and_fields(run, sources):
     tasks, rows = result["tasks"], [*result["items"].values()]
     assert {*tasks["text"]} == {"accuracy", "low", "high", "n", "unanswered", "judge_failures",
                                 "judge_agreement", "errors"}
-    assert [tasks[k]["n"] for k in ("phantom", "text")] == [512, 40]
-    assert result["micro"]["accuracy"] == pytest.approx(sum(rows) / 552) and len(rows) == 552
+    assert [tasks[k]["n"] for k in ("phantom", "text")] == [PHANTOMS, 40]
+    assert result["micro"]["accuracy"] == pytest.approx(sum(rows) / len(rows))
+    assert len(rows) == PHANTOMS + 40
     assert result["macro"]["accuracy"] == pytest.approx(
         (tasks["phantom"]["accuracy"] + tasks["text"]["accuracy"]) / 2)
     assert all(t["low"] <= t["accuracy"] <= t["high"] for t in tasks.values())
@@ -145,7 +155,7 @@ def test_killed_three_times(sources, run, tmp_path):
     args = arguments(sources)
     whole = contents(run(*args, f"--out_dir={tmp_path}/out")[0])
     command = [sys.executable, "eval.py", *args, f"--out_dir={tmp_path}/killed"]
-    for lines_before in (30, 70, 200):
+    for lines_before in (20, 50, 90):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         end = time.monotonic() + 240
@@ -160,7 +170,7 @@ def test_killed_three_times(sources, run, tmp_path):
     folder, = tmp_path.glob("killed/*/")
     assert not (folder / "scores.json").exists(), "it was faster than the kill"
     part = folder / "responses.part0"
-    part.write_bytes(part.read_bytes() + b'{"id": "phantom/500", "ta')  # a line cut short
+    part.write_bytes(part.read_bytes() + b'{"id": "phantom/140", "ta')  # a line cut short
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert contents(folder) == whole
     assert not [*folder.glob("*.part*"), *folder.glob("new")]
@@ -348,6 +358,15 @@ def test_items_that_cannot_be_asked(run, sources, tmp_path):
     assert scores(folder)["tasks"]["own"]["errors"] == 1
 
 
+def test_a_question_that_has_changed(run, sources, tmp_path):
+    args = arguments([*sources, "--tasks=text"])
+    run(*args)
+    text = tmp_path / "data/text.jsonl"
+    text.write_text(text.read_text().replace("number 7?", "digit 7?"))
+    assert "text/7 has changed" in run(*args)[1]
+    assert run(*args, f"--out_dir={tmp_path}/other")[1] is None
+
+
 def test_a_data_set_that_is_missing(run, sources, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     folder, said = run(*arguments([*sources, "--tasks=text,rad_vqa"]))
@@ -400,7 +419,7 @@ def test_rows_of_the_original_data_sets():
                     "answer": "b's"}
     item = tasks["usmle_sa"]["item"]({"question": "?", "answer": "y", "options": {
         "A": "x", "B": None, "C": "y"}})
-    assert item["index"] == 2 and evaluation.ask_text(item) == "?\n\nChoices:\nA. x\nC. y"
+    assert item == {"question": "?", "choices": ["x", None, "y"], "index": 2, "answer": "y\n"}
     assert tasks["slake_vqa"]["where"]({"q_lang": "zh"}) is False
 
 
@@ -494,7 +513,7 @@ def test_overlap(run, sources, tmp_path, start):
     assert len(same) > 20 and {*same} & {*found["exclude"]} == {"text/3"}  # phantoms: another image
     folder, _ = run(*args, f"--exclude={tmp_path}/out/overlap.json")
     assert not {*found["exclude"]} & {*scores(folder)["items"]}
-    assert scores(folder)["micro"]["n"] == 552 - len(found["exclude"])
+    assert scores(folder)["micro"]["n"] == PHANTOMS + 40 - len(found["exclude"])
 
 
 @pytest.mark.vllm
@@ -510,4 +529,5 @@ def test_vllm_says_the_same(sources, start, tmp_path):
         folder, = tmp_path.glob(f"{engine}/*/")
         said[engine] = {r["id"]: r["response"] for r in lines(folder, "responses")}
     same = sum(text == said["torch"][i] for i, text in said["vllm"].items())
-    assert len(said["vllm"]) == 552 and same >= 550  # a tie may be broken otherwise
+    assert len(said["vllm"]) == PHANTOMS + 40
+    assert same >= PHANTOMS + 38  # a tie may be broken otherwise
