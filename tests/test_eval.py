@@ -478,9 +478,13 @@ def test_submission(run, sources):
     assert rows[:2] == ["Model: MBZUAI/MediX-R1.5-2B", ""]
     assert rows[2].split() == ["Task", "Accuracy", "Accuracy", "(%)"]
     accuracy = scores(folder)["tasks"]["phantom"]["accuracy"]
-    assert rows[3].split() == ["0", "phantom", f"{accuracy:.6f}", f"{100 * accuracy:.2f}%"]
+    index, task, share, percent = rows[3].split()
+    assert [index, task, percent] == ["0", "phantom", f"{100 * accuracy:.2f}%"]
+    assert float(share) == pytest.approx(accuracy, abs=1e-6)
     overall = 100 * scores(folder)["macro"]["accuracy"]
-    assert rows[5].split() == ["2", "Overall", f"{overall:.6f}", f"{overall:.2f}%"]
+    index, task, share, percent = rows[5].split()
+    assert [index, task, percent] == ["2", "Overall", f"{overall:.2f}%"]
+    assert float(share) == pytest.approx(overall, abs=1e-6)
 
 
 def test_compare(run, tmp_path, capsys):
