@@ -1,115 +1,107 @@
 """A training checkpoint -> a Hugging Face folder, which gets its name once it is verified.
     python merge.py out/tiny/checkpoints/step_000100    # makes out/tiny/merged/step_000100
-Run it on a CPU, where the training was started. It holds the model once, in fp32."""
+Run it where the training was started, on a CPU. It holds the model once, in the type written."""
 
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import HfApi, snapshot_download
-from transformers import AutoConfig, initialization
-from transformers import AutoModelForImageTextToText as AutoModel
+from huggingface_hub import HfApi
+from transformers import AutoModelForImageTextToText
 
 import common
 import data
+import rollout
 
-LIMITS = {  # mean |log-prob - the fp32 checkpoint's|; vLLM's kernels add up in another order
-    "transformers": {"float32": 1e-5, "bfloat16": 0.1}, "vLLM": {"float32": 1e-3, "bfloat16": 0.1}}
+LIMITS = {"float32": 1e-3, "bfloat16": 0.1}  # of vLLM's mean |log-prob - the checkpoint's|
 
-def read_checkpoint(folder, base):
-    """Model `base` in fp32 with the weights of any number of ranks. ValueError, OSError: damage."""
+def read(folder, model):
+    """Fill the model with what any number of ranks have saved. ValueError, OSError: damage."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    for path in sorted({folder / name for name in manifest} | {*folder.glob("*.safetensors")}):
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get(path.name):
-                raise ValueError(f"{path.name} is damaged or foreign: merge another checkpoint")
-    with initialization.no_init_weights():
-        model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32).eval()
-    model.tie_weights()
-    weights = {f"model.{name}": p.data for name, p in model.named_parameters()}
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    found = {f"{name} {[*x.size]}" for name, x in reader.read_metadata().state_dict_metadata.items()
-             if name.split(".")[0] not in ("exp_avg", "exp_avg_sq", "step")}  # AdamW's: never read
-    if found != (ours := {f"{name} {[*x.shape]}" for name, x in weights.items()}):
-        raise ValueError(f"it does not fit {base}. Only in the checkpoint: {sorted(found - ours)}; "
+    for name in sorted({*manifest} | {path.name for path in folder.glob("*.safetensors")}):
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get(name):
+                raise ValueError(f"{name} is damaged or foreign: merge another checkpoint")
+    reader, weights = dcp.HuggingFaceStorageReader(folder), dict(model.named_parameters("model"))
+    found = {(name, *x.size) for name, x in reader.read_metadata().state_dict_metadata.items()
+             if name.startswith("model.")}  # the others are AdamW's
+    if found != (ours := {(name, *x.shape) for name, x in weights.items()}):
+        raise ValueError(f"another base model? Only in the checkpoint: {sorted(found - ours)}; "
                          f"only in the model: {sorted(ours - found)}")
     dcp.load(weights, storage_reader=reader)
-    return model
 
 def write(model, base, folder, dtype):
-    """The weights in dtype; all else as base has it."""
-    weights = dict(model.to(getattr(torch, dtype)).named_parameters())
+    """The weights; all else as base has it."""
+    weights = dict(model.named_parameters())
     # Experts, (E, out, in) in transformers 5, are published, and read by vLLM, as (E, in, out).
     experts = {n: p.transpose(1, 2) for n, p in weights.items() if ".experts." in n}
-    model.save_pretrained(folder, state_dict=weights | experts, max_shard_size="5GB",
-                          save_original_format=not experts)
+    model.save_pretrained(folder, state_dict=weights | experts, save_original_format=not experts)
     for path in Path(base).iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(re.sub(r'(dtype": )"\w+"', rf'\1"{dtype}"', config))
 
-@torch.no_grad()
-def logprobs(folder, model, dtype=None):
-    """(T - 1,) log-probs of an image and a question, by model or (False) by vLLM from folder."""
-    processor = data.load_processor(str(folder))
+def logprobs(engine, processor):
+    """Of the likeliest token after 4 prompts. A tie may change the token, but not its log-prob."""
     side, grid = processor.patch * processor.merge, [(1, processor.merge, processor.merge)]
-    image = np.linspace(0, 255, side * side * 3).astype(np.uint8).reshape(side, side, 3)
+    image = torch.arange(3 * side**2).byte().view(side, side, 3).numpy()
     ids = data.prompt_ids(processor, "{question}", "What is this, and what makes you say so?", grid)
-    if model:
-        x, pixels = torch.tensor([ids]), data.patches([image], processor)
-        logits = model(x, pixel_values=pixels, image_grid_thw=torch.tensor(grid),
-                       mm_token_type_ids=(x == processor.image_token_id).int()).logits[0, :-1]
-        return logits.log_softmax(-1).gather(1, x[0, 1:, None])[:, 0]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
-    from vllm import LLM, SamplingParams
-    try:
-        llm = LLM(str(folder), dtype=dtype, max_model_len=512, enforce_eager=True,
-                  gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**30,
-                  mm_processor_kwargs={"min_pixels": 1})
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"vLLM cannot load it, --skip-vllm goes without: {error}") from error
-    out, = llm.generate({"prompt_token_ids": ids, "multi_modal_data": {"image": [image]}},
-                        SamplingParams(max_tokens=1, prompt_logprobs=0))
-    return torch.tensor([x[t].logprob for t, x in zip(ids[1:], out.prompt_logprobs[1:])])
+    prompts = [{"row": n, "seed": 0, "ids": ids[:n], "images": [image], "grid": grid}
+               for n in range(len(ids) - 3, len(ids) + 1)]
+    done = rollout.generate(engine, prompts, group_size=1, temperature=0.0, max_tokens=1)
+    return torch.tensor([r["logprobs"] for _, [r] in sorted(done, key=lambda x: x[0]["row"])])
+
+def make(checkpoint, base, folder, dtype):
+    """Write the folder. ValueError: transformers, or vLLM where installed, reads other weights."""
+    processor, limits = data.load_processor(base), {"transformers": 1e-5, "vllm": LIMITS[dtype]}
+    cfg = argparse.Namespace(**common.defaults | dict(
+        model=base, dtype=dtype, engine="torch", max_prompt_tokens=256, max_response_tokens=1,
+        gpu_memory_utilization=0.1, engine_args=dict(
+            load_format="auto", enforce_eager=True, kv_cache_memory_bytes=2**30)))
+    arguments = cfg, torch.device("cpu"), lambda images: data.patches(images, processor)
+    engine = rollout.load(*arguments)
+    read(checkpoint, engine.model)
+    expected = logprobs(engine, processor)
+    write(engine.model, base, folder, dtype)
+    for name in filter(find_spec, limits):
+        engine.model = None  # before the next one comes
+        if name == "vllm":
+            cfg.model, cfg.engine = str(folder), "vllm"
+            engine = rollout.load(*arguments)
+        else:
+            engine.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        gap, limit = (logprobs(engine, processor) - expected).abs().mean(), limits[name]
+        print(f"log-probs by {name} and of the checkpoint differ by {gap:.2g}, limit {limit}")
+        if not gap <= limit:
+            raise ValueError(f"{name} reads other weights from {folder}: difference {gap:.2g}, "
+                             f"limit {limit}. Compare the versions with requirements.txt")
 
 def main(args):
-    folder, hub, repo = Path(args.checkpoint).resolve(), HfApi(), args.push_to_hub
-    run = json.loads((folder.parents[1] / "config.json").read_text())
+    checkpoint, hub, repo = Path(args.checkpoint).resolve(), HfApi(), args.push_to_hub
+    run = json.loads((checkpoint.parents[1] / "config.json").read_text())
     base, dtype = run["model"], args.dtype or run["dtype"]
-    out = Path(args.out or folder.parents[1] / "merged" / folder.name)
+    out = Path(args.out or checkpoint.parents[1] / "merged" / checkpoint.name)
     if out.exists() and not (args.force and any(out.glob("model*.safetensors"))):
         raise ValueError(f"{out} exists: choose another --out; --force replaces a model's folder")
-    if repo and hub.repo_exists(repo) and not (
-            args.force and (args.public or hub.repo_info(repo).private)):
-        raise ValueError(f"{repo} exists: --force overwrites it; a public one needs --public, too")
+    if repo and hub.repo_exists(repo) and not args.force:
+        raise ValueError(f"{repo} exists: choose another name; --force overwrites it")
     if not data.is_local(base):
-        base = snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
+        base = hub.snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
     shutil.rmtree(aside := out.with_name(f"{out.name}.partial"), ignore_errors=True)
-    model = read_checkpoint(folder, base)
-    expected = logprobs(base, model)
-    write(model, base, aside, dtype)
-    del model  # before the next one comes
-    for name in LIMITS if find_spec("vllm") and not args.skip_vllm else ["transformers"]:
-        merged = name != "vLLM" and AutoModel.from_pretrained(aside, dtype=torch.float32)
-        gap, limit = (logprobs(aside, merged, dtype) - expected).abs().mean(), LIMITS[name][dtype]
-        print(f"log-probs of {name} and of the checkpoint differ by {gap:.2g}, limit {limit:g}")
-        if not gap <= limit:
-            raise ValueError(f"{name} reads other weights from {aside}: difference {gap:.3g}, limit"
-                             f" {limit:g}. Do not use it; compare the versions with requirements")
+    make(checkpoint, base, aside, dtype)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
-    print(f"{out} is the model of step {folder.name[-6:]} in {dtype}")
+    print(f"{out} is the model of {checkpoint.name} in {dtype}")
     if repo:
         hub.create_repo(repo, private=not args.public, exist_ok=True)
+        hub.update_repo_settings(repo, private=not args.public)  # of one that was there, too
         hub.upload_folder(repo_id=repo, folder_path=out, delete_patterns="*.safetensors*")
 
 if __name__ == "__main__":
@@ -117,7 +109,7 @@ if __name__ == "__main__":
     for flag in ("checkpoint", "--out", "--push-to-hub"):
         parser.add_argument(flag)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    for flag in ("--public", "--force", "--skip-vllm"):
+    for flag in ("--public", "--force"):
         parser.add_argument(flag, action="store_true")
     try:
         main(args := parser.parse_args())

@@ -51,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for f in json.loads(body)["files"]]})
         if "/commit/" in self.path:
+            self.repo().setdefault("uploads", []).append(self.repo()["private"])
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
@@ -60,6 +61,12 @@ class Handler(BaseHTTPRequestHandler):
                     del self.repo()["files"][value["path"]]
             return self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/x/y/commit/0",
                                      "commitOid": "0" * 40})
+        self.answer(200, {})
+
+    def do_PUT(self):
+        assert self.path.endswith("/settings"), self.path
+        asked = json.loads(self.body())
+        self.repo()["private"] = asked.get("private", asked.get("visibility") == "private")
         self.answer(200, {})
 
     def log_message(self, *args):

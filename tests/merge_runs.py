@@ -10,12 +10,14 @@ from data_fixtures import write_processor
 from ranks import ROOT, torchrun
 from transformers import AutoModelForImageTextToText
 
-CASES = {  # kind, tied embeddings, ranks that save it, settings of the run
-    "tied": ("qwen3_vl", True, 2, {}),
-    "untied, frozen vision": ("qwen3_vl", False, 2, {"freeze_vision": True}),
-    "qwen2.5": ("qwen2_5_vl", False, 2, {}),
-    "experts": ("qwen3_vl_moe", False, 3, {}),  # 4 experts on 3 ranks: the last one holds none
+CASES = {  # kind, tied embeddings, settings of the run
+    "tied": ("qwen3_vl", True, {}),
+    "untied, frozen vision": ("qwen3_vl", False, {"freeze_vision": True}),
+    "qwen2.5": ("qwen2_5_vl", False, {}),
+    "experts": ("qwen3_vl_moe", False, {}),
 }
+RANKS = 3  # that save everything once more; of 4 experts, the last one of them holds none
+STEP = "checkpoints/step_000100"
 
 
 def model_folder(folder, kind, tied, **text):
@@ -44,15 +46,20 @@ def model_folder(folder, kind, tied, **text):
     return folder
 
 
-def train(folder, kind, tied, ranks, settings):
-    """folder/model, folder/run (trained and saved by one rank) and folder/again (the same weights,
-    saved by `ranks`)."""
-    model = model_folder(folder / "model", kind, tied)
-    worker = ["tests/merge_worker.py", model, kind]
-    torchrun(1, *worker, folder / "run", json.dumps(settings))
-    torchrun(ranks, *worker, folder / "again", json.dumps(settings),
-             folder / "run/checkpoints/step_000100")
-    return folder
+def train(root):
+    """root/CASE/model, root/CASE/run (trained and saved by one rank) and root/CASE/again (the same
+    weights, saved by RANKS); root/large: as "tied", of 200 MB, and not saved again."""
+    first, again = [], []
+    for case, (kind, tied, settings) in CASES.items():
+        model, run = model_folder(root / case / "model", kind, tied), root / case / "run"
+        first.append([model, kind, run, settings, ""])
+        again.append([model, kind, root / case / "again", settings, run / STEP])
+    large = model_folder(root / "large/model", "qwen3_vl", True, intermediate_size=10_000,
+                         num_hidden_layers=30)
+    first.append([large, "qwen3_vl", root / "large/run", {}, ""])
+    for ranks, jobs in (1, first), (RANKS, again):
+        torchrun(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str))
+    return root
 
 
 def merge(checkpoint, *arguments, env=None, fails=False):

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -41,7 +42,7 @@ def logprobs(path, kind, out):
 
 def run(checkpoint, out):
     merge.main(Namespace(checkpoint=checkpoint, out=out, dtype="float32", push_to_hub=None,
-                         public=False, force=False, skip_vllm=False))
+                         public=False, force=False))
 
 
 def rewrite(folder, change):
@@ -62,14 +63,15 @@ def unpublished(checkpoint, out):
 
 
 def spoilt(checkpoint, out):
-    logprobs = merge.logprobs
+    load = merge.rollout.load
 
-    def late(folder, model, dtype=None):
-        if not model:
-            rewrite(folder, lambda n, x: x.flip(0) if "layers.1.self_attn.o_proj" in n else x)
-        return logprobs(folder, model, dtype)
+    def late(cfg, *more):
+        if cfg.engine == "vllm":
+            rewrite(Path(cfg.model),
+                    lambda n, x: x.flip(0) if "layers.1.self_attn.o_proj" in n else x)
+        return load(cfg, *more)
 
-    merge.logprobs = late
+    merge.rollout.load = late
     run(checkpoint, out)
 
 

@@ -1,10 +1,11 @@
 """Trains a little under FSDP2 and saves as train_grpo.py does; says what the trainer then computes.
 
-    torchrun --nproc_per_node 2 tests/merge_worker.py MODEL KIND RUN SETTINGS [CHECKPOINT]
+    torchrun --nproc_per_node 2 tests/merge_worker.py '[[MODEL, KIND, RUN, SETTINGS, CHECKPOINT]]'
 
-SETTINGS: JSON, of tests/tiny_models.settings. With a CHECKPOINT nothing is trained: it is loaded
-and saved again by as many ranks as there are. Beside RUN/checkpoints: weights.safetensors, whole,
-under the trainer's names, and logprobs.json of every response of tiny_models.groups()."""
+Any number of such runs. SETTINGS: of tests/tiny_models.settings. With a CHECKPOINT, not "", nothing
+is trained: it is loaded and saved again by as many ranks as there are. Beside RUN/checkpoints:
+weights.safetensors, whole, under the trainer's names, and logprobs.json of every response of
+tiny_models.groups()."""
 
 import json
 import sys
@@ -26,15 +27,13 @@ def logprobs(model, row, kind):
     return policy.logprobs(model, row, pixels, 1.0, [])[0]
 
 
-def main():
-    path, kind, run, more, *checkpoint = sys.argv[1:]
-    device, run = common.start()[2], Path(run)
-    cfg = settings(path, **json.loads(more))
+def work(device, path, kind, run, more, checkpoint):
+    run, cfg = Path(run), settings(path, **more)
     model = policy.load(cfg, device)
     optimizer = policy.adamw(model, 1e-2, 0.999, 0.0)
     rows = policy.build_rows(model, groups(processor(kind)), 1000)
     if checkpoint:
-        policy.load_checkpoint(checkpoint[0], model, optimizer)
+        policy.load_checkpoint(checkpoint, model, optimizer)
     else:
         for step in range(2):  # large steps: every tensor moves far from the base model's
             torch.manual_seed(step)
@@ -53,7 +52,9 @@ def main():
         (run / "logprobs.json").write_text(json.dumps(found))
         save_file({k: v.clone() for k, v in whole.items()}, run / "weights.safetensors")
     policy.save_checkpoint(run / "checkpoints", 100, model, optimizer, {"best": None}, keep=1)
-    dist.destroy_process_group()
 
 
-main()
+device = common.start()[2]
+for job in json.loads(sys.argv[1]):
+    work(device, *job)
+dist.destroy_process_group()

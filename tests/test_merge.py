@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import merge_runs
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from merge_hub import hub
-from merge_runs import CASES, merge, model_folder, sequences
-from ranks import ROOT, torchrun
+from merge_runs import CASES, RANKS, STEP, merge, sequences
+from ranks import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import processor
 from transformers import AutoModelForImageTextToText
@@ -25,23 +27,17 @@ from transformers import AutoModelForImageTextToText
 import data
 import merge as script
 
-STEP = "checkpoints/step_000100"
+script.find_spec = {"transformers": True}.get  # vLLM is asked in processes of its own
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A function: case -> its folder, trained once and merged in fp32 from both checkpoints."""
-    made = {}
-
-    def get(case):
-        if case not in made:
-            folder = made[case] = tmp_path_factory.mktemp("run")
-            merge_runs.train(folder, *CASES[case])
-            for run in ("run", "again"):
-                merged(folder / run)
-        return made[case]
-
-    return get
+    """case -> its folder, trained, and merged in fp32 from both checkpoints."""
+    root = merge_runs.train(tmp_path_factory.mktemp("runs"))
+    for case in CASES:
+        for run in ("run", "again"):
+            merged(root / case / run)
+    return lambda case: root / case
 
 
 @pytest.fixture
@@ -58,7 +54,7 @@ def run(runs, tmp_path):
 
 def arguments(run, **more):
     return Namespace(**{"checkpoint": str(run / STEP), "out": None, "dtype": None, "force": False,
-                        "push_to_hub": None, "public": False, "skip_vllm": True} | more)
+                        "push_to_hub": None, "public": False} | more)
 
 
 def merged(run, **more):
@@ -124,9 +120,8 @@ def test_transformers_loads_what_was_trained(case, runs):
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks_makes_identical_files(case, runs):
     run, again = runs(case) / "run", runs(case) / "again"
-    ranks = CASES[case][2]
     assert len([*(run / STEP).glob("*.safetensors")]) == 1
-    assert len([*(again / STEP).glob("*.safetensors")]) == ranks
+    assert len([*(again / STEP).glob("*.safetensors")]) == RANKS
     ours, theirs = reads(run / "merged/step_000100"), reads(again / "merged/step_000100")
     assert ours == theirs and "model.safetensors" in ours
 
@@ -207,7 +202,7 @@ def test_a_base_model_of_the_hub(run, tmp_path):
     (cached / "refs/main").write_text("abc")
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"model": "some/base"}))
-    merge(run / STEP, "--skip-vllm", env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")})
+    merge(run / STEP, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert (run / "merged/step_000100/chat_template.jinja").exists()
 
 
@@ -225,19 +220,14 @@ def anonymous_memory(*command):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_one_copy(dtype, runs, tmp_path_factory, tmp_path):
-    folder = tmp_path_factory.getbasetemp() / "large"
-    if not folder.exists():
-        model_folder(folder / "model", "qwen3_vl", True, intermediate_size=100_000)
-        torchrun(1, "tests/merge_worker.py", folder / "model", "qwen3_vl", folder / "run", "{}")
-    size = (folder / "model/model.safetensors").stat().st_size
+def test_memory_is_one_copy(dtype, runs, tmp_path):
+    size = (runs("large") / "model/model.safetensors").stat().st_size
     assert size > 2e8
-    arguments = "--skip-vllm", "--dtype", dtype, "--out"
     small, large = (
-        anonymous_memory(sys.executable, "merge.py", run / STEP, *arguments, tmp_path / name)
-        for name, run in (("small", runs("tied") / "run"), ("large", folder / "run")))
+        anonymous_memory(sys.executable, "merge.py", runs(case) / "run" / STEP, "--dtype", dtype,
+                         "--out", tmp_path / case) for case in ("tied", "large"))
     print(f"copies: {(large - small) / size:.2f}")
-    assert (large - small) / size < 1.5  # activations, and the reader holds a tensor more
+    assert (large - small) / size < {"float32": 1.5, "bfloat16": 0.8}[dtype]
 
 
 # --- what it refuses ------------------------------------------------------------------------------
@@ -246,7 +236,7 @@ def test_memory_is_one_copy(dtype, runs, tmp_path_factory, tmp_path):
 @pytest.mark.parametrize("harm", ["flip a bit", "cut off", "empty", "remove"])
 def test_a_damaged_file_is_named(run, harm):
     names = json.loads((run / STEP / "manifest.json").read_text())
-    assert len(names) == 3  # the shards of two ranks, and state.json
+    assert len(names) == RANKS + 1  # and state.json
     for name in names:
         file = run / STEP / name
         content = file.read_bytes()
@@ -260,8 +250,8 @@ def test_a_damaged_file_is_named(run, harm):
 
 def test_a_shard_of_another_checkpoint_is_named(run):
     shard = next((run / STEP).glob("shard-00001*"))
-    shutil.copy(shard, run / STEP / "shard-00003-model-00001-of-00001.safetensors")
-    assert "shard-00003-model-00001-of-00001.safetensors" in refused(run)
+    shutil.copy(shard, run / STEP / "shard-00004-model-00001-of-00001.safetensors")
+    assert "shard-00004-model-00001-of-00001.safetensors" in refused(run)
 
 
 @pytest.mark.parametrize("place", ["config.json", f"{STEP}/manifest.json"])
@@ -284,7 +274,7 @@ def test_extra_weights_are_named(run):
     change(run, num_hidden_layers=2)
     said = refused(run)
     only, _, other = said.partition("only in the model")
-    assert only.count("layers.2.") == 11 and "layers.2.mlp.up_proj.weight [128, 64]" in only
+    assert only.count("layers.2.") == 11 and "layers.2.mlp.up_proj.weight', 128, 64)" in only
     assert "layers" not in other
 
 
@@ -293,36 +283,36 @@ def test_missing_weights_are_named(run):
     said = refused(run)
     _, _, only = said.partition("only in the model")
     assert only.count("layers.3.") == said.count("layers.") == 11
-    assert "layers.3.mlp.up_proj.weight [128, 64]" in only
+    assert "layers.3.mlp.up_proj.weight', 128, 64)" in only
 
 
 def test_a_head_of_its_own_is_missing(run):
     change(run, tie_word_embeddings=False)
-    assert "only in the model: ['model.lm_head.weight [336, 64]']" in refused(run)
+    assert "only in the model: [('model.lm_head.weight', 336, 64)]" in refused(run)
 
 
 def test_weights_of_another_shape_are_named(run):
     change(run, intermediate_size=96)
     only, _, other = refused(run).partition("only in the model")
-    assert "layers.1.mlp.up_proj.weight [128, 64]" in only
-    assert "layers.1.mlp.up_proj.weight [96, 64]" in other
+    assert "layers.1.mlp.up_proj.weight', 128, 64)" in only
+    assert "layers.1.mlp.up_proj.weight', 96, 64)" in other
     assert only.count("layers.") == other.count("layers.") == 9
 
 
 def test_a_weight_that_no_model_has_is_named(run):
     """Such as an adapter's, under whatever name."""
     shard = next((run / STEP).glob("shard-00001*"))
-    save_file(load_file(shard) | {"adapter.a": torch.zeros(2, 3)}, shard)
+    save_file(load_file(shard) | {"model.adapter.a": torch.zeros(2, 3)}, shard)
     tensors = load_file(shard)
-    assert "adapter.a" in tensors
+    assert "model.adapter.a" in tensors
     manifest = json.loads((run / STEP / "manifest.json").read_text())
-    for other in (run / STEP).glob("shard-00002*"):  # sharded tensors: one file is enough here
+    for other in (run / STEP).glob("shard-0000[23]*"):  # sharded tensors: one file is enough here
         manifest.pop(other.name)
         other.unlink()
     manifest[shard.name] = script.hashlib.sha256(shard.read_bytes()).hexdigest()
     (run / STEP / "manifest.json").write_text(json.dumps(manifest))
     only, _, _ = refused(run).partition("only in the model")
-    assert "adapter.a [2, 3]" in only
+    assert "('model.adapter.a', 2, 3)" in only
 
 
 def test_nothing_is_overwritten_without_force(run):
@@ -361,38 +351,45 @@ def test_what_was_written_wrong_gets_no_name(run, monkeypatch, dtype):
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def push(run, repos, *more, fails=False):
-    with hub(repos) as url:
-        env = os.environ | {"HF_ENDPOINT": url, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
-        return merge(run / STEP, "--skip-vllm", "--push-to-hub", "me/model", *more, env=env,
-                     fails=fails)
+@pytest.fixture
+def push(run, monkeypatch):
+    """A function: merge and upload to a hub of these repositories -> what
+    merged() or, if told to, refused() returns."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def push(repos, then=merged, **more):
+        with hub(repos) as url:
+            monkeypatch.setattr(script, "HfApi", partial(HfApi, url, token="hf_none"))
+            return then(run, push_to_hub="me/model", **more)
+
+    return push
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_an_upload_is_private_unless_public(run, public):
+def test_an_upload_is_private_unless_public(push, public):
     repos = {}
-    push(run, repos, *["--public"] * public)
+    merged = push(repos, public=public)
     assert repos["me/model"]["private"] is not public
     files = repos["me/model"]["files"]
     files.pop(".gitattributes", None)
-    assert files == reads(run / "merged/step_000100")
+    assert files == reads(merged)
 
 
-def test_a_repository_is_not_overwritten_without_force(run):
+def test_a_repository_is_not_overwritten_without_force(run, push):
     old = {"README.md": b"mine", "model-00001-of-00002.safetensors": b"old"}
     repos = {"me/model": {"private": True, "files": dict(old)}}
-    assert "me/model exists" in push(run, repos, fails=True)
+    assert "me/model exists" in push(repos, then=refused)
     assert repos["me/model"]["files"] == old and not (run / "merged").exists()
-    push(run, repos, "--force")
-    assert repos["me/model"]["files"] == {
-        "README.md": b"mine", **reads(run / "merged/step_000100")}
+    merged = push(repos, force=True)
+    assert repos["me/model"]["files"] == {"README.md": b"mine", **reads(merged)}
 
 
-def test_a_public_repository_needs_public(run):
-    repos = {"me/model": {"private": False, "files": {}}}
-    assert "--public" in push(run, repos, "--force", fails=True)
-    assert not repos["me/model"]["files"] and not (run / "merged").exists()
-    push(run, repos, "--force", "--public")
+@pytest.mark.parametrize("public", [False, True])
+def test_a_public_repository_stays_so_only_with_public(push, public):
+    repos = {"me/model": {"private": False, "files": {}, "uploads": []}}
+    push(repos, force=True, public=public)
+    assert repos["me/model"]["private"] is not public
+    assert repos["me/model"]["uploads"] == [not public], "it must be private before the upload"
     assert "model.safetensors" in repos["me/model"]["files"]
 
 
@@ -414,7 +411,7 @@ def test_vllm_loads_what_was_trained(case, runs, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
     run, kind = runs(case) / "run", CASES[case][0]
     said = merge(run / STEP, "--out", tmp_path / "out", env=os.environ | VLLM)
-    gap = float(re.search(r"log-probs of vLLM .* differ by (\S+), limit 0.001", said)[1])
+    gap = float(re.search(r"log-probs by vllm .* differ by (\S+), limit 0.001", said)[1])
     assert gap < 1e-5
     worker = vllm_worker("logprobs", tmp_path / "out", kind, tmp_path / "found.json")
     assert worker.returncode == 0, worker.stderr[-3000:]
@@ -427,12 +424,12 @@ def test_vllm_loads_what_was_trained(case, runs, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("how, said", [
-    ("unpublished", "vLLM cannot load it, --skip-vllm goes without: .*size of tensor"),
-    ("spoilt", "vLLM reads other weights from .*difference")])
+    ("unpublished", "vLLM .* does not start: .*size of tensor"),
+    ("spoilt", "vllm reads other weights from .*difference")])
 def test_vllm_is_asked_for_its_own_opinion(how, said, runs, tmp_path):
     """transformers reads both layouts of experts."""
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
     worker = vllm_worker(how, runs("experts") / "run" / STEP, tmp_path / "out")
-    assert re.search("log-probs of transformers .* limit 1e-05", worker.stdout), worker.stderr
+    assert re.search("log-probs by transformers .* limit 1e-05", worker.stdout), worker.stderr
     assert worker.returncode and re.search(said, worker.stderr), worker.stderr[-3000:]
     assert not (tmp_path / "out").exists()
