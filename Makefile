@@ -21,7 +21,7 @@ eval-demo: .venv/demo  # after make demo
 	$(BIN)/python eval.py configs/eval.py configs/tiny_eval.py --model=out/tiny/merged
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -m "not vllm"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not vllm"
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -m vllm

@@ -130,7 +130,10 @@ def print_arithmetic(run):
     print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
           f"{run.world} ranks; {updates} updates of {responses // updates} responses")
     print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
-          f"= {prompts / len(run.train.keep):.2f} epochs", flush=True)
+          f"= {prompts / len(run.train.keep):.2f} epochs")
+    n, rest = sum(p.numel() for p in run.model.parameters()), 12 + 2 * bool(cfg.kl_coef)
+    rest, most = (b * n / run.world / 1e9 for b in (rest, rest + 4))  # fp32 weights and moments, a
+    print(f"GB per GPU: {rest:.3g} at rest, {most:.3g} in updates", flush=True)  # bf16 reference
 
 def gather(value):
     """Every rank's value, in rank order."""
@@ -208,22 +211,40 @@ def check_gap(run, updates):
         print(f"warning: {said}", flush=True)
     return {"engine_gap/mean": mean, "engine_gap/max": largest}
 
-def log_step(run, metrics, times):
-    """Add time/* and perf/*, then write to metrics.jsonl, the dashboard and the screen."""
-    step = run.state["step"]
+def finish_step(run, metrics, validate, save, last=False):
+    """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
+    cfg, state, step, times = run.cfg, run.state, run.state["step"], dict(run.times)
+    due = step > 0 and (step % cfg.save_every == 0 or last)
     if step:
         tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
-        responses = metrics["groups/sampled"] * run.cfg.group_size
+        responses = metrics["groups/sampled"] * cfg.group_size
         metrics["perf/tokens_per_s_per_gpu"] = tokens * responses / times["step"] / run.world
+    if step % cfg.validate_every == 0 or last:
+        with timed(times, "validate"):  # which adds to run.times, too
+            metrics |= validate(run)
+        value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
+        if due and value > (state["best"] or [0, -1.0])[1]:
+            state["best"] = [step, value]
     metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
                                    or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
+    run.times.clear()
     if run.rank == 0:
-        write_lines(f"{run.cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
+        write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
         run.dashboard(metrics, step=step)
         print(f"step {step:4d}/{run.last_step}", *(
             f" {k} {v:.3g}" for k, v in metrics.items()
             if k.endswith("reward/overall") or k == "time/step"), flush=True)
+    if due:
+        save(run)
+    check_unscored(run, metrics.get("val/reward/unscored", 0.0))
+
+def update_metrics(done, updates):
+    """What backward() returned for each row -> means over tokens, of losses over the updates."""
+    sums = total({k: sum(s[k] for s in done) for k in done[0]})
+    saving, tokens = sums.pop("alone") / sums.pop("packed"), sums.pop("tokens")
+    return {"perf/packing_saving": saving} | {
+        k: v / (updates if k.startswith("loss/") else tokens) for k, v in sums.items()}
 
 def write_groups(out_dir, name, step, groups):
     """For rank 0: groups -> out_dir/rollouts/NAME_STEP.jsonl, without what only tensors need."""

@@ -1,14 +1,11 @@
 """Measure a model on the 17 benchmarks of MediX-R1, or on data of your own. A restart goes on.
     python eval.py configs/eval.py --model=MBZUAI/MediX-R1-2B --tasks=llm,own=data/own.jsonl
-    python eval.py compare RESULTS_A RESULTS_B    # paired, on the items that both have
-    python eval.py overlap configs/eval.py --train=SOURCE --tasks=vlm    # seen in training?"""
-import hashlib
+bench/results.py compares two results, finds what was trained on, packs the leaderboard's zip."""
 import importlib.metadata
 import itertools
 import json
 import re
 import sys
-import zipfile
 from concurrent.futures import as_completed
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +31,8 @@ defaults = DECISIVE | {name: common.defaults[name] for name in """judge_url judg
     """.split()} | dict(
     tasks="all", benchmarks={}, layouts={}, published={}, published_protocol={}, out_dir="out/eval",
     data_dir="data/eval",  # a task is read from here if a file has its name
-    stages="generate,judge,score,submit", page_items=20, submit_as="",  # the model's name there
-    train="", exclude="")  # for overlap: training data; for scores: what overlap has written
+    stages="generate,judge,score", page_items=20,
+    exclude="")  # items that scores leave out: the overlap.json of bench/results.py
 ASKED = ("id", "task", "row", "question", "choices", "answer")  # of an item, in responses.jsonl
 
 def find_tasks(cfg):
@@ -268,54 +265,7 @@ def score(run):
                 name = f"{item['task']}_{item['row']}" + f"_{i}" * (len(pictures) > 1)
                 picture.save(run.folder / f"images/{name}.jpg")
 
-def submit(run):
-    """CODE_M_submission.zip for MediX-R1's leaderboard: its three files, names and fields."""
-    name = run.cfg.submit_as or run.cfg.model
-    scores = json.loads((run.folder / "scores.json").read_text())
-    short = re.sub(r"[^a-zA-Z0-9]", "_", name.rstrip("/").split("/")[-1])
-    code = hashlib.md5(f"{short}_submission".encode()).hexdigest()[:8]
-    rows = [(k, v["accuracy"], f"{v['accuracy']:.2%}") for k, v in scores["tasks"].items()]
-    mean = scores["macro"]["accuracy"]
-    rows += [("Overall", 100 * mean, f"{mean:.2%}")] * (len(rows) > 1)  # times 100, as there
-    table = pandas.DataFrame(rows, columns=["Task", "Accuracy", "Accuracy (%)"]).to_string()
-    files = {".jsonl": "", "_eval.jsonl": "", "_score.txt": f"Model: {name}\n\n{table}"}
-    for item in [item for item in run.items if item["id"] in scores["items"]]:
-        [response], mark = run.responses[item["id"]], scores["items"][item["id"]]
-        mark = {"score": 5 * mark if run.tasks[item["task"]]["rating"] else int(mark)}
-        record = {"id": f"{item['task']}_{item['row']}", "question": item["asked"], "answer":
-                  item["answer"], "response": response["response"], "answer_idx": None}
-        for ending, more in ((".jsonl", {}), ("_eval.jsonl", {"evaluation": mark})):
-            files[ending] += json.dumps(record | more, ensure_ascii=False) + "\n"
-    with zipfile.ZipFile(run.folder / f"{code}_{short}_submission.zip", "w") as file:
-        for ending, text in files.items():
-            file.writestr(zipfile.ZipInfo(f"{short}/{short}{ending}"), text)
-
-def compare(a, b):
-    """Print how much better B is than A on the items of both, by task and over all of them."""
-    a, b = (pandas.Series(json.loads(Path(x, "scores.json").read_text())["items"]) for x in (a, b))
-    better = (b - a).dropna()  # paired: one difference an item
-    rows = [*better.groupby(lambda i: i.rpartition("/")[0]), ("all", better)]
-    print(f"{len(better)} items in both, {len(a)} in A, {len(b)} in B. Accuracy here is B - A:",
-          pandas.DataFrame({task: estimate([x]) for task, x in rows}).T.round(4), sep="\n")
-
-def overlap(run):
-    """overlap.json: items with an image (the same pixels) or question of cfg.train, and why."""
-    run.tasks["train"] = train = read_task(run.cfg, "train", {"source": run.cfg.train})
-    images = {item["id"]: {common.seed_of(x.tobytes()) for x in read(run, item)["pictures"]}
-              for item in [*run.items, *train["items"]]}
-    known = set().union(*(images[item["id"]] for item in train["items"]))
-    questions = {reward.normalise(item["question"]) for item in train["items"]}
-    found, file = {}, Path(run.cfg.out_dir, "overlap.json")
-    for item in run.items:
-        seen = bool(images[item["id"]] & known)
-        if (asked := reward.normalise(item["question"]) in questions) or seen:
-            found[item["id"]] = "image" * seen + " question" * asked
-    # A question with another image is no leak.
-    exclude = [i for i, why in found.items() if "image" in why or not images[i]]
-    file.write_text(json.dumps({"items": found, "exclude": exclude}, indent=1))
-    print(f"{len(found)} of {len(run.items)} items: --exclude={file} leaves {len(exclude)} out")
-
-STAGES = dict(generate=generate, judge=judge, score=score, submit=submit, overlap=overlap)
+STAGES = dict(generate=generate, judge=judge, score=score)
 
 def set_up(cfg):
     """Settings -> all that the stages need. ValueError, OSError: what to change."""
@@ -355,11 +305,8 @@ def set_up(cfg):
     return run
 
 def main():
-    args = ["--stages=overlap" if arg == "overlap" else arg for arg in sys.argv[1:]]
     try:
-        if args[:1] == ["compare"]:
-            return compare(*args[1:3])
-        run = set_up(common.load_config(defaults, args))
+        run = set_up(common.load_config(defaults, sys.argv[1:]))
         for stage in run.cfg.stages.split(","):
             if stage in ("generate", "judge") or run.rank == 0:
                 STAGES[stage](run)

@@ -35,15 +35,12 @@ def set_up(cfg):
         for source in (cfg.train_data, cfg.val_data))
     run.val_rows = data.order(run.val.keep, 0, 0, len(run.val.keep))[:cfg.val_prompts or None]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
-    if run.rank == 0:
-        common.print_arithmetic(run)
     latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
     run.dashboard = run.rank == 0 and common.dashboard(cfg)
     run.model = policy.load(cfg, run.device)
     run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
-    b, n = 12 + 2 * bool(cfg.kl_coef), sum(p.numel() for p in run.model.parameters()) / run.world
-    if run.rank == 0:  # bytes: fp32 weights and moments, a bf16 reference; an update adds gradients
-        print(f"GB per GPU: {b * n / 1e9:.3g} at rest, {(b + 4) * n / 1e9:.3g} in updates")
+    if run.rank == 0:
+        common.print_arithmetic(run)
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
     patches = partial(data.patches, processor=run.processor, device=run.device)
     run.engine = rollout.load(cfg, run.device, patches)
@@ -173,11 +170,8 @@ def train(run, groups):
                 common.stop("3 gradients in a row were not finite: lower learning_rate")
     metrics["updates_skipped"] = cfg.updates_per_step - sum(n < float("inf") for n in norms)
     if norms:
-        sums = common.total({k: sum(s[k] for s in done) for k in done[0]})
-        metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms),
-                    "perf/packing_saving": sums.pop("alone") / sums.pop("packed")}
-        per = {k: len(norms) if k.startswith("loss/") else sums["tokens"] for k in sums}
-        metrics |= {k: v / per[k] for k, v in sums.items() if k != "tokens"}
+        metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms)}
+        metrics |= common.update_metrics(done, len(norms))
     return metrics
 
 def validate(run):
@@ -198,23 +192,6 @@ def save(run):
                                run.optimizer, run.state, run.cfg.keep_checkpoints)
     run.saved = run.state["step"]
 
-def finish_step(run, metrics):
-    """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
-    cfg, state, step = run.cfg, run.state, run.state["step"]
-    last, times = step == run.last_step, dict(run.times)  # validate() adds to run.times
-    due = step > 0 and (step % cfg.save_every == 0 or last)
-    if step % cfg.validate_every == 0 or last:
-        with common.timed(times, "validate"):
-            metrics |= validate(run)
-        value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
-        if due and value > (state["best"] or [0, -1.0])[1]:
-            state["best"] = [step, value]
-    common.log_step(run, metrics, times)
-    run.times.clear()
-    if due:
-        save(run)
-    common.check_unscored(run, metrics.get("val/reward/unscored", 0.0))
-
 def main():
     try:
         run = set_up(common.load_config(defaults, sys.argv[1:]))
@@ -223,7 +200,7 @@ def main():
     cfg, state = run.cfg, run.state
     try:
         if state["step"] == 0:
-            finish_step(run, {})
+            common.finish_step(run, {}, validate, save)
         for step in range(state["step"] + 1, run.last_step + 1):
             with common.timed(run.times, "step"):
                 groups = collect(run, step)
@@ -233,7 +210,7 @@ def main():
                 metrics |= train(run, groups)
             state |= {"step": step, "cursor": state["cursor"] + len(groups)}
             common.write_groups(cfg.out_dir, "step", step, groups)
-            finish_step(run, metrics)
+            common.finish_step(run, metrics, validate, save, step == run.last_step)
     except common.Stop as why:  # before an update: the last finished step is worth keeping
         if run.saved != state["step"]:
             save(run)

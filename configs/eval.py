@@ -1,7 +1,7 @@
 # One GPU, or 8, each with its share of the questions:
 # python eval.py configs/eval.py --model=MBZUAI/MediX-R1-2B
 # torchrun --nproc_per_node 8 eval.py configs/eval.py --model=MBZUAI/MediX-R1-8B
-# The judge, on a GPU of its own or, after --stages=generate, for --stages=judge,score,submit:
+# The judge, on a GPU of its own or, after --stages=generate, for --stages=judge,score:
 # vllm serve Qwen/Qwen3-14B --port 8085 --max-model-len 16384
 # or OpenRouter: --judge_url=https://openrouter.ai/api/v1 --judge_model=qwen/qwen3-14b
 #     --judge_api_key_env=OPENROUTER_API_KEY --judge_args='{"reasoning": {"enabled": False}}'

@@ -21,6 +21,9 @@ from ranks import ROOT, torchrun
 import common
 import eval as evaluation
 
+sys.path.append(str(ROOT / "bench"))
+import results
+
 SHARED = ROOT.parent / "shared" / "data"
 FILES = ("responses.jsonl", "judgements.jsonl", "scores.json", "scores.md")
 TINY = {"prompt_template": "{question}", "max_prompt_tokens": 2000, "max_response_tokens": 24,
@@ -62,12 +65,15 @@ def arguments(sources, **more):
 def run(process_group, monkeypatch, tmp_path):
     """Evaluate in this process -> the results' folder, and the exit's message or None."""
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        script = results if args[0] in ("compare", "overlap", "submit") else evaluation
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+        monkeypatch.setattr(evaluation, "STAGES", dict(evaluation.STAGES))  # results adds to them
+        monkeypatch.setattr(evaluation, "defaults", dict(evaluation.defaults))
         monkeypatch.setattr(common, "start", lambda: (0, 1, torch.device("cpu")))
         monkeypatch.chdir(ROOT)
         before, said = {*tmp_path.glob("out/*/")}, None
         try:
-            evaluation.main()
+            script.main()
         except SystemExit as error:
             said = str(error)
         folders = sorted(tmp_path.glob("out/*/"), key=lambda f: (f not in before,
@@ -323,8 +329,9 @@ def test_reports_are_rated(run, sources, talking_judge, tmp_path, start):
     (data_dir / "mimic_cxr_report_summarization.jsonl").write_text("".join(
         json.dumps({"report": f"{i} is seen", "summary": f"{i}"}) + "\n" for i in range(4)))
     args = arguments([*sources, "--tasks=mimic_cxr_report_summarization"], judge="http",
-                     judge_url=talking_judge, submit_as="org/My-Model.1")
+                     judge_url=talking_judge)
     folder, said = run(*args)
+    run("submit", *args, "--submit_as=org/My-Model.1")
     assert said is None
     judged = [r for r in lines(folder, "judgements") if r["prompt"]]
     assert {r["verdict"] for r in judged} <= {4.0} and "0 to 5" in judged[0]["prompt"]
@@ -462,7 +469,8 @@ def test_real_images(run, sources, tmp_path):
 
 
 def test_submission(run, sources):
-    folder, _ = run(*arguments(sources, submit_as="MBZUAI/MediX-R1.5-2B"))
+    folder, _ = run(*arguments(sources))
+    run("submit", *arguments(sources, submit_as="MBZUAI/MediX-R1.5-2B"))
     with zipfile.ZipFile(folder / "03ff1f76_MediX_R1_5_2B_submission.zip") as file:
         name = "MediX_R1_5_2B"
         assert file.namelist() == [f"{name}/{name}{end}" for end in (
@@ -508,8 +516,8 @@ def test_overlap(run, sources, tmp_path, start):
     train = [{k: row[k] for k in ("problem", "solution", "image")} for row in val[:10]]
     train.append({"problem": "which is NUMBER 3?", "solution": "<OTHER> x", "image": []})
     datasets.Dataset.from_list(train).to_parquet(tmp_path / "train.parquet")
-    args = arguments([*sources, f"--train={tmp_path}/train.parquet"])
-    run("overlap", *args)
+    args = arguments(sources)
+    run("overlap", *args, f"--train={tmp_path}/train.parquet")
     found = json.loads((tmp_path / "out/overlap.json").read_text())
     assert found["items"]["text/3"].split() == ["question"] and "text/4" not in found["items"]
     assert all("image" in found["items"][f"phantom/{i}"] for i in range(10))
