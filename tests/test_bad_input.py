@@ -37,7 +37,7 @@ def refusal(start, tmp_path, caches, process_group, monkeypatch):
     def begun(*_):
         pytest.fail("the mistake was not seen before the first step")
 
-    monkeypatch.setattr(train_grpo, "finish_step", begun)
+    monkeypatch.setattr(common, "finish_step", begun)
     monkeypatch.setattr(train_grpo, "collect", begun)
 
     def run(*extra, weights=False, **settings):

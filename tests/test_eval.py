@@ -140,8 +140,7 @@ def test_files_and_fields(run, sources):
     assert result["protocol"].startswith("not as published")
     pictures = [*(folder / "images").iterdir()]
     assert len(pictures) == 3 and all(p.name.startswith("phantom_") for p in pictures)
-    zipped, = folder.glob("*_model_submission.zip")
-    assert {*folder.iterdir()} == {folder / n for n in (*FILES, "config.json", "images")} | {zipped}
+    assert {*folder.iterdir()} == {folder / n for n in (*FILES, "config.json", "images")}
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float32" and "torch" in config["versions"]
 

@@ -94,6 +94,7 @@ def run(start, process_group):
         processor=processor,
         state={"cursor": 0},
         last_step=1,
+        model=torch.nn.Linear(10, 10, bias=False),
     )
 
 
@@ -125,7 +126,9 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
 
 def test_validation_rows_that_are_trained_on_are_said(run, capsys):
     common.print_arithmetic(run)
-    assert "of the val questions, images included, are in train, too" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of the val questions, images included, are in train, too" in out
+    assert "GB per GPU: 1.2e-06 at rest, 1.6e-06 in updates" in out  # 12 and 16 bytes a weight
     run.val = SimpleNamespace(**{**vars(run.val), "hashes": ["another"]})
     common.print_arithmetic(run)
     assert "warning" not in capsys.readouterr().out
