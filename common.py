@@ -1,4 +1,4 @@
-"""Settings, process group, sums over ranks, and the files of a run. Nothing else, ever."""
+"""A run but for its algorithm: settings, process group, checks, what is logged, its files."""
 
 import ast
 import contextlib
