@@ -104,6 +104,7 @@ def collect(run, step):
         groups += sample(run, run.train, rows, step, first,
                          group_size=cfg.group_size, temperature=cfg.temperature)
         add_advantages(cfg, groups[first:])
+        common.check_unscored(run, common.response_metrics(groups)["reward/unscored"])
         kept, rounds = sum(g["kept"] for g in groups), rounds + 1
     said = (f"step {step}: {kept} of {len(groups)} groups kept in {rounds} rounds. If that stays, "
             "take questions neither too easy nor too hard, a larger group_size or max_rounds")

@@ -211,6 +211,22 @@ def test_nothing_kept_goes_on_and_after_ten_steps_stops(run, capsys, is_right):
         train_dapo.collect(run, 11)
 
 
+def test_a_judge_that_is_gone_is_no_reason_to_draw_more(run, monkeypatch):
+    """Its groups are not kept, but another round would only wait for judge_patience_s once more."""
+    finish = reward.finish
+
+    def unscored(scorer, jobs):
+        return [[p | {"judge": None, "overall": None} for p in g] for g in finish(scorer, jobs)]
+
+    monkeypatch.setattr(train_dapo.reward, "finish", unscored)
+    run.scorer = SimpleNamespace(**{**vars(run.scorer), "judge": SimpleNamespace(
+        last_failure="HTTP 500", verdicts={}, pool=ThreadPoolExecutor(1))})
+    monkeypatch.setattr(train_dapo.reward, "ask", lambda *_: (None, "", "HTTP 500"))
+    with pytest.raises(common.Stop, match=r"100.0% of the responses have no verdict.* HTTP 500"):
+        train_dapo.collect(run, 1)
+    assert len(run.asked) == 8, "a round of prompts_per_step, and no other"
+
+
 def test_an_epoch_counts_prompts_drawn(run):
     run.cfg.steps, run.cfg.epochs, run.last_step = 0, 2, 16
     run.state |= {"step": 5, "cursor": 2 * len(run.train.keep) - 1}
@@ -267,9 +283,8 @@ def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path)
     assert metrics(tmp_path / "run") == metrics(whole)
     ours, theirs = tensors(tmp_path / "run", 6), tensors(whole, 6)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    for name in ("state.json",):
-        paths = (out / "checkpoints/step_000006" / name for out in (tmp_path / "run", whole))
-        assert len({path.read_text() for path in paths}) == 1
+    ours, theirs = (out / "checkpoints/step_000006/state.json" for out in (tmp_path / "run", whole))
+    assert ours.read_text() == theirs.read_text(), "what decides how many prompts are drawn"
 
 
 def test_results_do_not_depend_on_how_fast_the_judge_is(start, tmp_path):
