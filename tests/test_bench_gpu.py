@@ -59,6 +59,14 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     assert "no part is called updates; there are ceilings, attention" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "sync"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "there is no GPU; --size tiny --device cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
 def test_flops_are_those_that_pytorch_counts(kind, tmp_path, process_group):
     run = make_run(tmp_path)
