@@ -494,6 +494,64 @@ def test_submission(run, sources):
     assert float(share) == pytest.approx(overall, abs=1e-6)
 
 
+SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine",
+            "Pharmacy", "Public_Health")
+
+
+@pytest.fixture
+def mmmu(tmp_path, sources):
+    """Five questions in each of MMMU's medical subjects, in its columns; one is open."""
+    rows = [{"id": f"validation_{subject}_{i}", "question": f"<image 1> Which is {i}?",
+             "options": "['nought', 'one', 'two', 'three']", "answer": "ABCD"[i],
+             "question_type": "multiple-choice", "image_1": {"bytes": png()},
+             **{f"image_{k}": {"bytes": png(seed=k)} if k <= i else None for k in range(2, 8)}}
+            for subject in SUBJECTS for i in range(4)]
+    rows.append(rows[0] | {"id": "validation_Pharmacy_9", "options": "[]", "answer": "nine",
+                           "question_type": "open"})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data/mmmu_medical.parquet")
+    return [*sources, "--tasks=text,mmmu_medical"]
+
+
+def test_submission_of_mmmu(mmmu, run):
+    """Beside the three files, which it is not in, lies what MedEvalKit would have written."""
+    texts = ("<thinking>?</thinking><answer>A</answer>", "two", "It may be two.", "<thinking>D")
+    with judge(rule=lambda question, truth, answer: "YES") as server:
+        args = arguments(mmmu, max_response_tokens=2, judge="http", judge_url=server.url)
+        folder, _ = run(*args, "--stages=generate")
+        records = lines(folder, "responses")
+        common.write_lines(folder / "responses.jsonl", [
+            r | {"response": "B" if r["task"] == "text" else texts[r["row"] % 4]} for r in records])
+        assert run(*args)[1] is None
+    run("submit", *args, "--submit_as=MBZUAI/MediX-R1.5-2B")
+    with zipfile.ZipFile(folder / "03ff1f76_MediX_R1_5_2B_submission.zip") as file:
+        files = {name: file.read(name).decode() for name in file.namelist()}
+    ours, theirs = "MediX_R1_5_2B/MediX_R1_5_2B", "MediX-R1.5-2B-MMMU-Medical-val"
+    kit = f"{theirs}/MMMU-Medical-val"
+    assert {*files} == {f"{ours}.jsonl", f"{ours}_eval.jsonl", f"{ours}_score.txt",
+                        f"{theirs}/total_results.json", f"{kit}/result.json",
+                        *(f"{kit}/{subject}/{name}.json" for subject in SUBJECTS
+                          for name in ("output_sample", "parsed_output", "result"))}
+    assert "Overall" not in files[f"{ours}_score.txt"] and "mmmu" not in files[f"{ours}_score.txt"]
+    assert len(files[f"{ours}.jsonl"].splitlines()) == 40 and "mmmu" not in files[f"{ours}.jsonl"]
+
+    result = {"acc": 0.5, "right": 2, "total": 4, "num_example": 4}
+    total = {"total": {"acc": 0.5, "right": 10, "total": 20}} | dict.fromkeys(SUBJECTS, result)
+    assert json.loads(files[f"{kit}/result.json"]) == total
+    assert json.loads(files[f"{theirs}/total_results.json"]) == {"MMMU-Medical-val": total}
+    for subject in SUBJECTS:
+        raw, parsed, score = (json.loads(files[f"{kit}/{subject}/{name}.json"]) for name in (
+            "output_sample", "parsed_output", "result"))
+        assert score == result
+        assert [r.pop("judge") for r in parsed] == ["Correct", "Wrong", "Correct", "Wrong"]
+        assert raw == parsed == [
+            {"id": f"validation_{subject}_{i}", "question_type": "multiple-choice",
+             "answer": "ABCD"[i], "all_choices": [*"ABCD"],
+             "index2ans": {"A": "nought", "B": "one", "C": "two", "D": "three"},
+             "response": response, "parsed_pred": letter}
+            for i, (response, letter) in enumerate((
+                ("A", "A"), ("two", "C"), ("It may be two.", "C"), ("<thinking>D", "")))]
+
+
 def test_compare(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     old = {f"{task}/{i}": float(rng.random() < 0.5) for task in "xy" for i in range(200)}
