@@ -51,7 +51,11 @@ class Handler(BaseHTTPRequestHandler):
         if state.over.is_set():  # a connection that was kept alive must not outlive the server
             self.close_connection = True
             return
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = self.rfile.read(length := int(self.headers["Content-Length"]))
+        if len(text) < length:  # the client was killed
+            self.close_connection = True
+            return
+        body = json.loads(text)
         record, around = read_prompt(body)
         request = SimpleNamespace(path=self.path, headers=dict(self.headers), body=body, time=now,
                                   around=around, **record)

@@ -1,11 +1,11 @@
 """eval.py: the whole pipeline on the tiny model, killed and restarted, with judges over HTTP."""
-import contextlib
 import io
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from types import SimpleNamespace
 
@@ -156,29 +156,92 @@ def test_other_settings_or_weights_have_another_folder(run, sources):
 # --- kills ----------------------------------------------------------------------------------------
 
 
-def test_killed_three_times(sources, run, tmp_path):
-    args = arguments(sources)
-    whole = contents(run(*args, f"--out_dir={tmp_path}/out")[0])
-    command = [sys.executable, "eval.py", *args, f"--out_dir={tmp_path}/killed"]
-    for lines_before in (20, 50, 90):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < end:
-            files = [*tmp_path.glob("killed/*/responses.*")]
-            with contextlib.suppress(FileNotFoundError):
-                if sum(f.read_bytes().count(b"\n") for f in files) >= lines_before:
-                    break
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    folder, = tmp_path.glob("killed/*/")
-    assert not (folder / "scores.json").exists(), "it was faster than the kill"
-    part = folder / "responses.part0"
-    part.write_bytes(part.read_bytes() + b'{"id": "phantom/140", "ta')  # a line cut short
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert contents(folder) == whole
-    assert not [*folder.glob("*.part*"), *folder.glob("new")]
+@pytest.fixture(scope="session")
+def killer():
+    """Runs eval.py with args, and kills it with SIGKILL before the at-th line that one of its
+    functions runs -> "killed", or how many there are if at is 0."""
+    with subprocess.Popen([sys.executable, "tests/eval_killed.py"], cwd=ROOT, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        def call(function, args, at=0, deep=True):
+            job = {"function": function, "at": at, "deep": deep, "arguments": [*map(str, args)]}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+        yield call
+
+
+def on_file(out, name):
+    """The ids of all whole lines of responses or judgements, of ranks' own files, too."""
+    return {json.loads(line)["id"] for file in out.glob(f"*/{name}.*")
+            for line in file.read_bytes().split(b"\n")[:-1]}
+
+
+def kills(killer, stage, args, out, items, seeds, deep=True):
+    """Kill a stage before a random line, for each seed, of those it has left to run (in all as many
+    as args, with an out_dir of its own, takes unbroken), then let it end. What was on file must
+    stay there; yields the ids that then are."""
+    name, kept = "responses" if stage == "generate" else "judgements", set()
+    work = killer(stage, [*args, f"--stages={stage}"], deep=deep)
+    for seed in seeds:
+        left = 1.0 if stage == "score" else 1 - len(kept) / items
+        at = 1 + int(0.95 * left * work * random.Random(seed).random())
+        assert killer(stage, [*args, f"--stages={stage}", f"--out_dir={out}"], at, deep) == "killed"
+        assert kept <= on_file(out, name)
+        kept = on_file(out, name)
+        yield kept
+        with open(next(out.glob("*")) / f"{name}.part0", "ab") as file:
+            file.write(b'{"id": "text/3", "ro')  # a line that a full disk or a power cut leaves
+    assert isinstance(killer(stage, [*args, f"--stages={stage}", f"--out_dir={out}"]), int)
+
+
+def test_killed_five_times_in_each_stage(killer, phantoms, sources, tmp_path):
+    args = [*arguments(sources), f"--tasks=text,phantom={phantoms}", f"--out_dir={tmp_path}/whole"]
+    for stage in ("generate", "judge", "score"):
+        done, most = [], 20 if stage == "score" else PHANTOMS + 40
+        for kept in kills(killer, stage, args, tmp_path / "killed", PHANTOMS + 40,
+                          seeds=(25, 19, 9, 6, 17), deep=stage != "score"):  # it mostly draws
+            images = len([*tmp_path.glob("killed/*/images/*")])
+            done.append(images if stage == "score" else len(kept))
+        assert done[0] < done[-1] < most, f"the kills do not hit its midst: {done}"
+    files, again = ({f.relative_to(out): f.read_bytes() for f in out.rglob("*.*")
+                     if f.name != "config.json"} for out in (
+        next(tmp_path.glob("whole/*")), next(tmp_path.glob("killed/*"))))
+    assert len(files) == 4 + 20 and again == files
+
+
+def test_killed_five_times_while_a_judge_is_asked(killer, answers, tmp_path):
+    with judge(rule=lambda question, truth, answer: "NO" if answer == "wrong" else "YES") as server:
+        folder, args = answers("so it is", "wrong", judge_url=server.url)
+        out = tmp_path / "killed"
+        shutil.copytree(folder, out / folder.name)
+        seen = [(kept, len(server.requests)) for kept in kills(
+            killer, "judge", args, out, 40, seeds=(9, 2, 1, 20, 15))]
+        assert 0 < len(seen[-1][0]) < 40, "no kill while verdicts come in"
+        whole, again = lines(folder, "judgements"), lines(out / folder.name, "judgements")
+        assert len(whole) == 120
+    assert [(r["id"], r["round"]) for r in again] == [(r["id"], r["round"]) for r in whole]
+    assert [r["verdict"] for r in again] == [r["verdict"] for r in whole]
+    for kept, before in seen:  # what is on file is not asked again
+        questions = {r.question for r in server.requests[before:]}
+        assert not [i for i in kept if any(f"number {i[5:]}?" in q for q in questions)]
+
+
+def test_killed_before_any_line_of_tidy(killer, run, sources, tmp_path):
+    args = [*arguments([*sources, "--tasks=text"], max_response_tokens=1), "--stages=generate"]
+    folder, _ = run(*args)
+    whole = (folder / "responses.jsonl").read_bytes()
+    rows, at, said = whole.splitlines(True), 0, None
+    while said in (None, "killed"):
+        (folder / "responses.jsonl").write_bytes(b"".join(rows[:10]))
+        (folder / "responses.part0").write_bytes(b"".join(rows[30:]))
+        (folder / "responses.part1").write_bytes(b"".join(rows[10:30]) + rows[0][:20])
+        at += 1
+        said = killer("tidy", args, at, deep=False)
+        assert len(on_file(folder.parent, "responses")) == 40, f"lost by a kill at line {at}"
+        evaluation.tidy(SimpleNamespace(folder=folder, rank=0))
+        assert (folder / "responses.jsonl").read_bytes() == whole, at
+        assert not [*folder.glob("*.part*"), *folder.glob("new")], at
+    assert at == said + 1 > 20
 
 
 @pytest.mark.parametrize("name", ["responses", "judgements"])
