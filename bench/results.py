@@ -51,64 +51,42 @@ def overlap(run):
 
 
 def submit(run):
-    """CODE_M_submission.zip for MediX-R1's leaderboard: its three files and, beside them, those
-    about MMMU, with their names and fields."""
-    name = run.cfg.submit_as or run.cfg.model
-    marks, tasks = (json.loads((run.folder / "scores.json").read_text())[k]
-                    for k in ("items", "tasks"))
-    model = name.rstrip("/").split("/")[-1]
-    short = re.sub(r"[^a-zA-Z0-9]", "_", model)
-    code = hashlib.md5(f"{short}_submission".encode()).hexdigest()[:8]
-    shares = {k: task["accuracy"] for k, task in tasks.items() if k != "mmmu_medical"}
-    mean = sum(shares.values()) / max(len(shares), 1)
+    """CODE_M_submission.zip for MediX-R1's leaderboard: its three files, names and fields, without
+    tasks that bring files of their own, and those."""
+    name, records = run.cfg.submit_as or run.cfg.model, []
+    scores, own = json.loads((run.folder / "scores.json").read_text()), {}
+    for item in [item for item in run.items if item["id"] in scores["items"]]:
+        task, mark = run.tasks[item["task"]], scores["items"][item["id"]]
+        [said] = run.responses[item["id"]]
+        if "submit" in task:
+            answer, _, _ = evaluation.decide(run, item, said["response"])
+            chosen = evaluation.stated_option(answer, item["choices"])
+            own.setdefault(item["task"], []).append(item | {
+                "said": answer or said["response"], "right": mark == 1,
+                "chosen": item["index"] if mark == 1 else chosen})
+        else:
+            records.append({
+                "id": f"{item['task']}_{item['row']}", "question": item["asked"],
+                "answer": item["answer"], "response": said["response"], "answer_idx": None,
+                "evaluation": {"score": 5 * mark if task["rating"] else int(mark)}})
+    plain, judged = ("".join(json.dumps({k: record[k] for k in record if k != but},
+                                        ensure_ascii=False) + "\n" for record in records)
+                     for but in ("evaluation", None))
+    shares = {k: v["accuracy"] for k, v in scores["tasks"].items() if k not in own}
     rows = [(k, share, f"{share:.2%}") for k, share in shares.items()]
+    mean = sum(shares.values()) / max(len(shares), 1)
     rows += [("Overall", 100 * mean, f"{mean:.2%}")] * (len(rows) > 1)  # times 100, as there
     table = pandas.DataFrame(rows, columns=["Task", "Accuracy", "Accuracy (%)"]).to_string()
-    files = {".jsonl": "", "_eval.jsonl": "", "_score.txt": f"Model: {name}\n\n{table}"}
-    for item in [x for x in run.items if x["task"] in shares and x["id"] in marks]:
-        [response], mark = run.responses[item["id"]], marks[item["id"]]
-        mark = {"score": 5 * mark if run.tasks[item["task"]]["rating"] else int(mark)}
-        record = {"id": f"{item['task']}_{item['row']}", "question": item["asked"], "answer":
-                  item["answer"], "response": response["response"], "answer_idx": None}
-        for ending, more in ((".jsonl", {}), ("_eval.jsonl", {"evaluation": mark})):
-            files[ending] += json.dumps(record | more, ensure_ascii=False) + "\n"
-    files = {f"{short}/{short}{ending}": text for ending, text in files.items()}
-    if "mmmu_medical" in tasks:
-        files |= {f"{model}-MMMU-Medical-val/{path}": json.dumps(content, indent=4)
-                  for path, content in mmmu_files(run, marks).items()}
+    model = name.rstrip("/").split("/")[-1]
+    short = re.sub(r"[^a-zA-Z0-9]", "_", model)
+    files = {f"{short}/{short}.jsonl": plain, f"{short}/{short}_eval.jsonl": judged,
+             f"{short}/{short}_score.txt": f"Model: {name}\n\n{table}"}
+    for task, items in own.items():
+        files |= run.tasks[task]["submit"](model, items)
+    code = hashlib.md5(f"{short}_submission".encode()).hexdigest()[:8]
     with zipfile.ZipFile(run.folder / f"{code}_{short}_submission.zip", "w") as file:
         for path, text in files.items():
             file.writestr(zipfile.ZipInfo(path), text, zipfile.ZIP_DEFLATED)
-
-
-def mmmu_files(run, marks):
-    """{path: content}, as MedEvalKit writes them, by which MediX-R1 measures MMMU's subjects."""
-    subjects, letters = {}, "ABCDEFGHIJ"
-    for item in [x for x in run.items if x["task"] == "mmmu_medical" and x["id"] in marks]:
-        name = run.tasks["mmmu_medical"]["rows"].column("id")[item["at"]].as_py()
-        said, right = run.responses[item["id"]][0]["response"], marks[item["id"]] == 1
-        answer, choices = evaluation.decide(run, item, said)[0], item["choices"]
-        chosen = item["index"] if right else evaluation.stated_option(answer, choices)
-        subject = name.partition("_")[2].rpartition("_")[0]  # of validation_Public_Health_7
-        subjects.setdefault(subject, []).append({
-            "id": name, "question_type": "multiple-choice", "answer": letters[item["index"]],
-            "all_choices": [*letters[:len(choices)]], "index2ans": dict(zip(letters, choices)),
-            "response": answer or said, "parsed_pred": "" if chosen is None else letters[chosen],
-            "judge": "Correct" if right else "Wrong"})
-
-    def measured(records):
-        right = sum(record["judge"] == "Correct" for record in records)
-        return {"acc": right / len(records), "right": right, "total": len(records)}
-
-    results = {k: measured(v) | {"num_example": len(v)} for k, v in subjects.items()}
-    results = {"total": measured(sum(subjects.values(), []))} | results
-    files = {"result.json": results}
-    for subject, records in subjects.items():
-        raw = [{k: v for k, v in record.items() if k != "judge"} for record in records]
-        files |= {f"{subject}/output_sample.json": raw, f"{subject}/parsed_output.json": records,
-                  f"{subject}/result.json": results[subject]}
-    return {"total_results.json": {"MMMU-Medical-val": results}} | {
-        f"MMMU-Medical-val/{path}": content for path, content in files.items()}
 
 
 def main():

@@ -7,6 +7,7 @@
 #     --judge_api_key_env=OPENROUTER_API_KEY --judge_args='{"reasoning": {"enabled": False}}'
 # As the published averages were made: --prompt=plain --max_response_tokens=2048 --votes=original
 import ast as _ast
+import json as _json
 import os as _os
 
 import fsspec as _fsspec
@@ -50,11 +51,43 @@ def _slake(path):
         return file.read()
 
 
+_mmmu_subjects = ["Basic_Medical_Science", "Clinical_Medicine",
+                  "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"]
+
+
+def _medevalkit(model, items):
+    """{path: text} of the files that MedEvalKit writes, by which MediX-R1 measures MMMU. Items come
+    with what was said, whether it is right, and the index it chose, or None: MedEvalKit then draws
+    one."""
+    files, results, letters = {}, {}, "ABCDEFGHIJ"
+    for subject in _mmmu_subjects:
+        own = [item for item in items if item["name"].startswith(f"validation_{subject}_")]
+        records = [{
+            "id": item["name"], "question_type": "multiple-choice",
+            "answer": letters[item["index"]], "all_choices": [*letters[:len(item["choices"])]],
+            "index2ans": dict(zip(letters, item["choices"])), "response": item["said"],
+            "parsed_pred": "" if item["chosen"] is None else letters[item["chosen"]]}
+            for item in own]
+        judged = [record | {"judge": "Correct" if item["right"] else "Wrong"}
+                  for record, item in zip(records, own)]
+        right, n = sum(item["right"] for item in own), len(own)
+        results[subject] = {"acc": right / max(n, 1), "right": right, "total": n, "num_example": n}
+        files |= {f"{subject}/output_sample.json": records, f"{subject}/parsed_output.json": judged,
+                  f"{subject}/result.json": results[subject]}
+    right, n = sum(item["right"] for item in items), len(items)
+    results["total"] = {"total": n, "right": right, "acc": right / max(n, 1)}
+    files = {f"MMMU-Medical-val/{k}": v for k, v in (files | {"result.json": results}).items()}
+    files["total_results.json"] = {"MMMU-Medical-val": results}
+    return {f"{model}-MMMU-Medical-val/{path}": _json.dumps(content, indent=4)
+            for path, content in files.items()}
+
+
 # A task: groups that it belongs to; source, the hub data set or path @split of its rows; subset,
 # its configurations; where, which rows to take; item, a row's question and answer and, if there
 # are, choices and index of the right one (0, 1, ...); image, its columns of images; fetch, a
-# function from what such a column holds to bytes; rating, if it is judged by 0 .. 5. A copy in
-# data_dir has the same columns or those of `layouts`.
+# function from what such a column holds to bytes; rating, if it is judged by 0 .. 5; submit, a
+# function that makes files of its own for the leaderboard. A copy in data_dir has the same columns
+# or those of `layouts`.
 _mmlu = dict(groups=["all", "llm"], source="cais/mmlu@test", item=lambda r: _option(
     r["question"], r["choices"], r["answer"]))
 _vqa = dict(groups=["all", "vlm"], image=["image"], item=lambda r: dict(
@@ -94,11 +127,12 @@ benchmarks = dict(
             question="Write a detailed radiology report of this image.", answer=r["report"])),
 
     # Beside the 17: MMMU's medical subjects, and what `make demo` validates on.
-    mmmu_medical=dict(source="MMMU/MMMU@validation", subset=[
-        "Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine",
-        "Pharmacy", "Public_Health"], image=[f"image_{i}" for i in range(1, 8)],
+    mmmu_medical=dict(
+        source="MMMU/MMMU@validation", subset=_mmmu_subjects, submit=_medevalkit,
+        image=[f"image_{i}" for i in range(1, 8)],
         where=lambda r: r["question_type"] == "multiple-choice", item=lambda r: _option(
-            r["question"], _ast.literal_eval(r["options"]), ord(r["answer"]) - ord("A"))),
+            r["question"], _ast.literal_eval(r["options"]), ord(r["answer"]) - ord("A")
+            ) | dict(name=r["id"])),
     phantom=dict(source="out/tiny_start/data@val"),
 )
 # Files of your own, by a column that tells: questions like those of data_dir, and training data.

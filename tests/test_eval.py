@@ -483,9 +483,10 @@ def test_rows_of_the_original_data_sets():
     assert item == {"question": "Contexts:\none\ntwo\n\nQuestion:\nSo?", "index": 1,
                     "choices": ["yes", "no", "maybe"], "answer": "no\nAs"}
     item = tasks["mmmu_medical"]["item"]({
-        "question": "<image 1> or <image 2>?", "options": "['a', \"b's\"]", "answer": "B"})
+        "id": "validation_Pharmacy_1", "question": "<image 1> or <image 2>?",
+        "options": "['a', \"b's\"]", "answer": "B"})
     assert item == {"question": "<image 1> or <image 2>?", "choices": ["a", "b's"], "index": 1,
-                    "answer": "b's"}
+                    "answer": "b's", "name": "validation_Pharmacy_1"}
     item = tasks["usmle_sa"]["item"]({"question": "?", "answer": "y", "options": {
         "A": "x", "B": None, "C": "y"}})
     assert item == {"question": "?", "choices": ["x", None, "y"], "index": 2, "answer": "y\n"}
