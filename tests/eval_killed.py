@@ -2,9 +2,10 @@
 
 They are forked from this one, which has imported eval.py: that takes longer than most stages. A
 line on stdin asks for one: {"function": of eval.py, "at": before which line it is killed, counted
-as they are run, 0 for never, "deep": whether lines of what it calls in eval.py and common.py count,
-too, "arguments": of eval.py}. A line on stdout answers: the number of lines, "killed", or why it
-has stopped otherwise.
+as they are run, 0 for never, "count": which lines count, "own" ones of the function, "all", with
+what it calls in eval.py and common.py, or "new", those when they run for the first time,
+"arguments": of eval.py}. A line on stdout answers: the number of lines, "killed", or why it has
+stopped otherwise.
 """
 import json
 import os
@@ -16,22 +17,25 @@ import common
 import eval as evaluation
 
 
-def work(function, at, deep, arguments):
+def work(function, at, count, arguments):
     """-> how many lines the function's first call takes; or dies before the at-th."""
-    original, ran = getattr(evaluation, function), 0
+    original, ran, known = getattr(evaluation, function), 0, set()
     files = (evaluation.__file__, common.__file__)
 
-    def count(frame, event, arg):
+    def step(frame, event, arg):
         nonlocal ran
-        ran += event == "line"
-        if event == "line" and ran == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return count
+        line = (frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not (count == "new" and line in known):
+            known.add(line)
+            ran += 1
+            if ran == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step
 
     def begin(frame, event, arg):  # of each function that is called; None: its lines do not count
         code = frame.f_code
-        return count if code is original.__code__ or (
-            deep and code.co_filename in files) else None
+        inside = code.co_filename in files if count != "own" else code is original.__code__
+        return step if inside else None
 
     def traced(run):
         setattr(evaluation, function, original)

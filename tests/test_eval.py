@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -163,35 +164,40 @@ def killer():
     with subprocess.Popen([sys.executable, "tests/eval_killed.py"], cwd=ROOT, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        def call(function, args, at=0, deep=True):
-            job = {"function": function, "at": at, "deep": deep, "arguments": [*map(str, args)]}
+        def call(function, args, at=0, count="all"):
+            job = {"function": function, "at": at, "count": count, "arguments": [*map(str, args)]}
             print(json.dumps(job), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
         yield call
 
 
-def on_file(out, name):
-    """The ids of all whole lines of responses or judgements, of ranks' own files, too."""
-    return {json.loads(line)["id"] for file in out.glob(f"*/{name}.*")
-            for line in file.read_bytes().split(b"\n")[:-1]}
+def on_file(out, name, rounds=1):
+    """The ids of which responses or judgements, in ranks' own files, too, hold the last round."""
+    records = [json.loads(line) for file in out.glob(f"*/{name}.*")
+               for line in file.read_bytes().split(b"\n")[:-1]]
+    return {r["id"] for r in records if r.get("round", 0) == rounds - 1}
 
 
-def kills(killer, stage, args, out, items, seeds, deep=True):
+def kills(killer, stage, args, out, items, seeds, count="all", rounds=1):
     """Kill a stage before a random line, for each seed, of those it has left to run (in all as many
     as args, with an out_dir of its own, takes unbroken), then let it end. What was on file must
     stay there; yields the ids that then are."""
     name, kept = "responses" if stage == "generate" else "judgements", set()
-    work = killer(stage, [*args, f"--stages={stage}"], deep=deep)
+    work = killer(stage, [*args, f"--stages={stage}"], count=count)
+    whole = next(Path(args[-1].partition("=")[2]).glob(f"*/{name}.jsonl"))
+    there = [*args, f"--stages={stage}", f"--out_dir={out}"]
     for seed in seeds:
         left = 1.0 if stage == "score" else 1 - len(kept) / items
         at = 1 + int(0.95 * left * work * random.Random(seed).random())
-        assert killer(stage, [*args, f"--stages={stage}", f"--out_dir={out}"], at, deep) == "killed"
-        assert kept <= on_file(out, name)
-        kept = on_file(out, name)
+        assert killer(stage, there, at, count) == "killed"
+        assert kept <= on_file(out, name, rounds)
+        kept = on_file(out, name, rounds)
         yield kept
-        with open(next(out.glob("*")) / f"{name}.part0", "ab") as file:
-            file.write(b'{"id": "text/3", "ro')  # a line that a full disk or a power cut leaves
-    assert isinstance(killer(stage, [*args, f"--stages={stage}", f"--out_dir={out}"]), int)
+        more = [line for line in whole.read_bytes().splitlines(True)
+                if json.loads(line)["id"] not in kept]
+        with open(next(out.glob("*")) / f"{name}.part0", "ab") as file:  # as a full disk leaves it
+            file.write(b"".join(more[:1]) + b"".join(more[1:2])[:-9])
+    assert isinstance(killer(stage, there), int)
 
 
 def test_killed_five_times_in_each_stage(killer, phantoms, sources, tmp_path):
@@ -199,7 +205,8 @@ def test_killed_five_times_in_each_stage(killer, phantoms, sources, tmp_path):
     for stage in ("generate", "judge", "score"):
         done, most = [], 20 if stage == "score" else PHANTOMS + 40
         for kept in kills(killer, stage, args, tmp_path / "killed", PHANTOMS + 40,
-                          seeds=(25, 19, 9, 6, 17), deep=stage != "score"):  # it mostly draws
+                          seeds=(25, 19, 9, 6, 17),
+                          count="own" if stage == "score" else "all"):  # most of all are draws
             images = len([*tmp_path.glob("killed/*/images/*")])
             done.append(images if stage == "score" else len(kept))
         assert done[0] < done[-1] < most, f"the kills do not hit its midst: {done}"
@@ -215,7 +222,8 @@ def test_killed_five_times_while_a_judge_is_asked(killer, answers, tmp_path):
         out = tmp_path / "killed"
         shutil.copytree(folder, out / folder.name)
         seen = [(kept, len(server.requests)) for kept in kills(
-            killer, "judge", args, out, 40, seeds=(9, 2, 1, 20, 15))]
+            killer, "judge", [*args, f"--out_dir={folder.parent}"], out, 40,
+            seeds=(9, 2, 1, 20, 15), rounds=3)]
         assert 0 < len(seen[-1][0]) < 40, "no kill while verdicts come in"
         whole, again = lines(folder, "judgements"), lines(out / folder.name, "judgements")
         assert len(whole) == 120
@@ -236,7 +244,7 @@ def test_killed_before_any_line_of_tidy(killer, run, sources, tmp_path):
         (folder / "responses.part0").write_bytes(b"".join(rows[30:]))
         (folder / "responses.part1").write_bytes(b"".join(rows[10:30]) + rows[0][:20])
         at += 1
-        said = killer("tidy", args, at, deep=False)
+        said = killer("tidy", args, at, count="new")
         assert len(on_file(folder.parent, "responses")) == 40, f"lost by a kill at line {at}"
         evaluation.tidy(SimpleNamespace(folder=folder, rank=0))
         assert (folder / "responses.jsonl").read_bytes() == whole, at
