@@ -29,10 +29,13 @@ test-vllm: .venv-vllm/ready
 lint: .venv/test
 	$(BIN)/ruff check .
 
-bench: .venv/demo
+bench: .venv/test  # TRL is there; on an idle machine
 	$(BIN)/python bench/logprob_memory.py
 	$(BIN)/python bench/rollout.py
 	$(BIN)/python bench/judge_votes.py
+	$(BIN)/python bench/packing.py
+	$(BIN)/python bench/ranks.py
+	$(BIN)/python bench/against_trl.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
