@@ -14,8 +14,8 @@ TRL by its rollout_func. Model and data: bench/updates.py. What TRL gets for its
 Seconds are of the processor, not of the clock: others may use this machine. Both are printed.
 Peak memory: of an update, above what the process holds before it (weights and AdamW's state). Its
 goal compares a group a pass with a group a pass, as TRL's defaults have it (8 generations, 8
-responses a device). TRL with one response a pass needs less than we do, unless we recompute
-activations: that, too, is in the table.
+responses a device). TRL with one response a pass holds less than we do with a group; our answer to
+that, recomputing activations, is in the table, too.
 Whole step: new weights to the sampler, G responses of R tokens (no id may end one), update. TRL
 samples by transformers' generate(), we by rollout.py's torch engine.
 """
@@ -199,11 +199,11 @@ def report(ratio, case, found, fast):
     L, R, G = case["L"], case["R"], SIZE
     print(f"\nL/R = {ratio}: {L} prompt tokens ({SIDE**2} of an image), {G} responses of {R}; "
           f"tokens predict {G * (L + R) / (L + G * R):.2f}")
-    print("worker             | update, s | of the clock | peak MB | step, s | gradient differs")
+    print("worker              | update, s | of the clock | peak MB | step, s | gradient differs")
     peaks = {n: statistics.median(r["memory"] for r in f["update"]) for n, f in found.items()}
     for name, f in found.items():
         step = f"{median(f['step']):7.2f}" if f["step"] else "      -"
-        print(f"{name:18s} | {median(f['update']):9.2f} | {median(f['update'], 1):12.2f} | "
+        print(f"{name:19s} | {median(f['update']):9.2f} | {median(f['update'], 1):12.2f} | "
               f"{peaks[name]:7.0f} | {step} | {f['gradient']:.1e}")
     mine, theirs = found["ours"], found[fast]
     gradient = max(f["gradient"] for f in found.values())

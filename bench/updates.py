@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,11 +155,13 @@ def commands(out):
 
 
 def start(script, name, settings, **environment):
-    """A worker: `script --worker name settings`, one thread; returns when it is ready."""
+    """A worker: `script --worker name settings`, one thread. Its first reply says it is ready."""
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the worker runs)
     worker = subprocess.Popen(
         [sys.executable, script, "--worker", name, json.dumps(settings)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
+    worker.log = log
     return worker
 
 
@@ -172,13 +175,14 @@ def ask(workers, command):
 
 def listen(worker):
     """A worker's next reply."""
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError(f"worker ended: {worker.args}")
-    return json.loads(line)
+    if line := worker.stdout.readline():
+        return json.loads(line)
+    worker.log.seek(0)
+    raise RuntimeError(f"a worker ended: {worker.args}\n{worker.log.read()[-3000:]}")
 
 
 def end(workers):
+    """Let workers end, which they do when no command can come any more."""
     for worker in workers:
         worker.stdin.close()
         worker.wait()
