@@ -1,5 +1,6 @@
 # make demo: a tiny Qwen3-VL learns on drawn images, on a CPU. make test: all tests but those of the
-# vLLM engine, which make test-vllm runs with vLLM's CPU build. Each makes its own environment first. Without a GPU, TORCH may name a CPU build of torch.
+# vLLM engine, which make test-vllm runs with vLLM's CPU build. Each makes its own environment first.
+# Without a GPU, TORCH may name a CPU build of torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin

@@ -1,5 +1,4 @@
 """A run but for its algorithm: settings, process group, checks, what is logged, its files."""
-
 import ast
 import contextlib
 import datetime
@@ -20,50 +19,30 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-defaults = dict(
-    model="",  # folder or hub id of a Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE
-    train_data="", val_data="",  # hub id, folder, parquet, json or jsonl; @split after any of them
-    prompt_template="configs/prompt.txt",  # a file, or the text itself, with {question} in it
-    seed=1, steps=0, epochs=2,  # steps = 0: as many as the epochs need
-    prompts_per_step=512, group_size=5, updates_per_step=4, val_prompts=0,  # 0: all of val_data
-    max_prompt_tokens=4352, max_response_tokens=4096, tokens_per_micro_batch=16384,
-    min_pixels=262_144, max_pixels=3_932_160,  # the images of a row share max_pixels
-    temperature=1.0, val_temperature=0.0, val_top_p=1.0,  # above 0: val_sampled/*, beside val/*
-    learning_rate=1e-6, beta2=0.999, weight_decay=0.01, warmup_updates=0, max_grad_norm=1.0,
-    dtype="bfloat16", freeze_vision=False, activation_checkpointing=False,
-    engine="vllm", tensor_parallel=1, gpu_memory_utilization=0.5, engine_args={},  # of vllm.LLM
-    max_engine_gap=0.0,  # mean |engine - trainer| log-prob; 0: 1e-3 in float32, 0.1 in bfloat16
-    engine_is_cap=0.0,  # tokens weigh min(exp(trainer - engine), cap); 0: off
-    judge="http", judge_url="http://localhost:8085/v1",  # "exact": equal after normalisation
-    judge_model="Qwen/Qwen3-4B-Instruct-2507", judge_api_key_env="",  # the name of a variable
-    judge_args={"structured_outputs": {"choice": ["YES", "NO"]}},  # of the request; {}: not vLLM
-    judge_check=True, judge_concurrency=64, judge_timeout_s=30.0, judge_patience_s=300.0,
-    max_bad_rows=0.01, max_unscored=0.05,  # shares, of the rows, of responses; more stops the run
-    embedder="abhinand/MedEmbed-large-v0.1", embed_threshold=0.8, embed_soft=False,  # or "ngram"
-    weight_judge=0.575, weight_embed=0.375, weight_modality=0.05, weight_format=0.1,
-    validate_every=5, save_every=5, keep_checkpoints=3, accept_changes=False, log="")  # "wandb"
+defaults = runpy.run_path(f"{Path(__file__).parent}/configs/defaults.py")
+defaults = {k: v for k, v in defaults.items() if k[0] != "_"}
 # A restart may change FREE settings, never FIXED ones, others with accept_changes=True.
 FIXED = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
-    max_response_tokens min_pixels max_pixels prompt_template freeze_vision""".split())
+    max_response_tokens min_pixels max_pixels prompt_template freeze_vision lora_rank""".split())
 FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes
     judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
     engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
-    activation_checkpointing""".split())
-RULES = """updates_per_step > 0; tensor_parallel > 0; overlong_buffer_tokens <= max_response_tokens
-    tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens; ranks % tensor_parallel == 0
+    activation_checkpointing offload shard_ranks""".split())
+RULES = """keep_checkpoints > 0; tensor_parallel > 0; judge_timeout_s > 0; steps + epochs > 0
+    tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens; updates_per_step > 0
     engine == 'vllm' or tensor_parallel == 1 and not engine_args; loss_mean in ('token', 'sequence')
-    keep in ('correctness', 'reward', 'medix'); prompts_per_step % updates_per_step == 0
-    loss in ('grpo', 'gspo', 'cispo'); model and train_data and val_data; prompts_per_step >= ranks
-    dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch'); max_response_tokens > 0
-    log in ('', 'wandb'); keep_checkpoints > 0; judge_timeout_s > 0; steps + epochs > 0
-    validate_every > 0; learning_rate > 0; max_grad_norm > 0; temperature > 0; group_size > 1
-    save_every > 0; max_rounds > 0"""
+    overlong_buffer_tokens <= max_response_tokens; keep in ('correctness', 'reward', 'medix')
+    prompts_per_step % updates_per_step == 0; old_logprobs in ('trainer', 'engine'); temperature > 0
+    node_ranks % tensor_parallel == 0; loss in ('grpo', 'gspo', 'cispo'); prompts_per_step >= ranks
+    model and train_data and val_data; dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch')
+    ranks % (shard_ranks or 1) == 0; max_response_tokens > 0; log in ('', 'wandb'); save_every > 0
+    validate_every > 0; learning_rate > 0; max_grad_norm > 0; max_rounds > 0; group_size > 1"""
 
 class Stop(Exception):
     """The run must end, all ranks at once and before an update: save the last finished step."""
 
 def load_config(defaults, argv):
-    """Defaults, config files (plain assignments in Python) and --key=value; the last one wins."""
+    """Defaults, config files and --key=value, of which the last wins -> settings. ValueError."""
     config = dict(defaults)
     for arg in argv:
         if arg.startswith("--"):
@@ -91,6 +70,7 @@ def load_config(defaults, argv):
 def check(cfg, ranks):
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {**vars(cfg), "ranks": ranks}
+    settings["node_ranks"] = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     for name, value in settings.items():
         if type(value) in (int, float) and value < 0:
             raise ValueError(f"{name}={value} must not be below 0")
@@ -128,22 +108,19 @@ def print_arithmetic(run):
         print(f"warning: {leaked} of the val questions, images included, are in train, too")
     responses, prompts = cfg.prompts_per_step * size, run.last_step * cfg.prompts_per_step
     print(f"a step: {cfg.prompts_per_step} prompts x {size} responses = {responses} responses on "
-          f"{run.world} ranks; {updates} updates of {responses // updates} responses")
-    print(f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
+          f"{run.world} ranks; {updates} updates of {responses // updates} responses\n"
+          f"the run: {run.last_step} steps = {prompts} prompts = {run.last_step * updates} updates "
           f"= {prompts / len(run.train.keep):.2f} epochs")
-    n, rest = sum(p.numel() for p in run.model.parameters()), 12 + 2 * bool(cfg.kl_coef)
-    rest, most = (b * n / run.world / 1e9 for b in (rest, rest + 4))  # fp32 weights and moments, a
-    print(f"GB per GPU: {rest:.3g} at rest, {most:.3g} in updates", flush=True)  # bf16 reference
+    models = [run.model] + [run.reference] * bool(cfg.kl_coef and not cfg.lora_rank)
+    mine = [(p.to_local(), p.requires_grad) for model in models for p in model.parameters()]
+    held, trained = sum(x.nbytes for x, _ in mine), sum(x.numel() for x, on in mine if on)
+    rest, most = ((held + b * trained) / 1e9 for b in (8, 12))  # AdamW's moments; gradients
+    print(f"GB per rank: {rest:.3g} at rest, {most:.3g} in updates", flush=True)
 
 def gather(value):
     """Every rank's value, in rank order."""
     dist.all_gather_object(values := [None] * dist.get_world_size(), value)
     return values
-
-def total(numbers):
-    """A dict of numbers, with the same keys on every rank, summed over ranks."""
-    everyone = gather(numbers)
-    return {k: float(sum(rank[k] for rank in everyone)) for k in numbers}
 
 def seed_of(*parts):
     """A 48-bit seed that depends on the parts only: randomness has no state to save."""
@@ -178,6 +155,10 @@ def open_run(config, train_rows):
     with open(out / "metrics.jsonl", "a+b") as f:  # which ends in what no checkpoint holds
         f.seek(0)
         f.truncate(sum(len(x) for x in f if x[-2:] == b"}\n" and json.loads(x)["step"] <= step))
+    if config["log"]:
+        import wandb
+        wandb.init(project="nanomedix", name=str(out), dir=out, config=config, resume="allow",
+                   id=f"{seed_of(os.path.abspath(out)):x}")
     return latest if step >= 0 else None
 
 def write_lines(path, records, mode="w"):
@@ -197,10 +178,11 @@ def check_unscored(run, share):
 
 def check_gap(run, updates):
     """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
-    gaps = [gap for update in updates for row in update.rows if row["weight"] for gap in
+    rows = [row for u in updates for row in u.rows if row["weight"] and "old_logprobs" in row]
+    gaps = [gap for row in rows for gap in
             (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
-    sums = total({"gap": sum(gaps), "tokens": len(gaps)})
-    mean, largest = sums["gap"] / sums["tokens"], max(gather(max(gaps, default=0.0)))
+    totals, tokens, largest = zip(*gather((sum(gaps), len(gaps), max(gaps, default=0.0))))
+    mean = sum(totals) / sum(tokens)
     limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
     run.gaps_over = 0 if mean <= limit else run.gaps_over + 1
     said = (f"engine and trainer differ by {mean:.3g} in a token's log-prob, max_engine_gap is "
@@ -209,7 +191,7 @@ def check_gap(run, updates):
         raise Stop(said)
     if mean > limit / 3 and run.rank == 0:
         print(f"warning: {said}", flush=True)
-    return {"engine_gap/mean": mean, "engine_gap/max": largest}
+    return {"engine_gap/mean": mean, "engine_gap/max": max(largest)}
 
 def finish_step(run, metrics, validate, save, last=False):
     """Validate, log, save, each where due; in this order, so that a crash loses no step's line."""
@@ -231,17 +213,18 @@ def finish_step(run, metrics, validate, save, last=False):
     run.times.clear()
     if run.rank == 0:
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
-        run.dashboard(metrics, step=step)
-        print(f"step {step:4d}/{run.last_step}", *(
-            f" {k} {v:.3g}" for k, v in metrics.items()
-            if k.endswith("reward/overall") or k == "time/step"), flush=True)
+        if cfg.log:
+            sys.modules["wandb"].log(metrics, step=step)
+        print(f"step {step:4d}/{run.last_step}", *(f" {k} {v:.3g}" for k, v in metrics.items()
+              if k.endswith("reward/overall") or k == "time/step"), flush=True)
     if due:
         save(run)
     check_unscored(run, metrics.get("val/reward/unscored", 0.0))
 
 def update_metrics(done, updates):
     """What backward() returned for each row -> means over tokens, of losses over the updates."""
-    sums = total({k: sum(s[k] for s in done) for k in done[0]})
+    everyone = sum(gather(done), [])
+    sums = {k: sum(row[k] for row in everyone) for k in done[0]}
     saving, tokens = sums.pop("alone") / sums.pop("packed"), sums.pop("tokens")
     return {"perf/packing_saving": saving} | {
         k: v / (updates if k.startswith("loss/") else tokens) for k, v in sums.items()}
@@ -270,18 +253,8 @@ def group_metrics(groups):
     """groups/*: how many, and of those that every response was scored in, what they can teach."""
     scored = [g for g in groups if g["scored"]]
     judged = [[r["parts"]["judge"] for r in g["responses"]] for g in scored]
-    return {
-        "groups/sampled": len(groups), "groups/kept": sum(g["kept"] for g in groups),
-        "groups/unscored": len(groups) - len(scored),
-        "groups/zero_std": sum(not any(r["advantage"] for r in g["responses"]) for g in scored),
-        "groups/all_right": sum(min(j) == 1 for j in judged),
-        "groups/all_wrong": sum(max(j) == 0 for j in judged)}
-
-def dashboard(config):
-    """A function of (metrics, step=): wandb's, if config.log says so; a restart continues there."""
-    if not config.log:
-        return lambda metrics, step: None
-    import wandb
-    name = f"{seed_of(os.path.abspath(config.out_dir)):x}"
-    return wandb.init(project="nanomedix", name=config.out_dir, dir=config.out_dir, id=name,
-                      resume="allow", config=vars(config)).log
+    return {"groups/sampled": len(groups), "groups/unscored": len(groups) - len(scored),
+            "groups/kept": sum(g["kept"] for g in groups),
+            "groups/zero_std": sum(not any(r["advantage"] for r in g["responses"]) for g in scored),
+            "groups/all_right": sum(min(j) == 1 for j in judged),
+            "groups/all_wrong": sum(max(j) == 0 for j in judged)}

@@ -2,12 +2,10 @@
 
 One record. In parquet an image is bytes; in .json / .jsonl a path relative to that file, a list of
 paths, or missing. `images` will do for `image`:
-    {"problem": "Is there a pleural effusion?", "solution": "<X_RAY> Yes, on the left.",
-     "image": [{"bytes": b"\\xff\\xd8\\xff...", "path": "chest.jpg"}]}
+    {"problem": "Which side?", "solution": "<X_RAY> Left.", "image": [{"bytes": b"\\xff\\xd8..."}]}
 What training gets for it, prompt(data, i); one image pad id per merge x merge patches:
-    {"row": i, "problem": "Is ...", "solution": "<X_RAY> ...", "ids": [151644, 872, ...],
+    {"row": i, "problem": "Which side?", "solution": "<X_RAY> Left.", "ids": [151644, 872, ...],
      "images": [uint8 array (384, 512, 3)], "grid": [(1, 24, 32)]}"""  # 24 * 16 x 32 * 16 pixels
-
 import hashlib
 import io
 import json
@@ -42,9 +40,9 @@ def load_processor(model):
         tokenizer.get_chat_template()  # raises if there is none
         pixels, vision = get_image_processor_config(model), config.vision_config
         return SimpleNamespace(
-            tokenizer=tokenizer, image_token_id=config.image_token_id, patch=vision.patch_size,
-            merge=vision.spatial_merge_size, temporal=vision.temporal_patch_size,
-            mean=pixels["image_mean"], std=pixels["image_std"])
+            tokenizer=tokenizer, image_token_id=config.image_token_id, mean=pixels["image_mean"],
+            std=pixels["image_std"], patch=vision.patch_size, merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size)
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"model {model} is no complete Qwen-VL folder or hub id (config.json, chat"
                          f" template, preprocessor_config.json): {error!s:.200}") from error
@@ -72,8 +70,9 @@ def local_files(path, split):
         raise ValueError(f"split {split} has {len(files)} files, not {n}")
     return files
 
-def read_rows(source):
-    """Path or hub name, "@split" or not (train) -> memory-mapped Dataset and its images' folder."""
+def read_rows(source, columns=("problem", "solution"), subsets=(None,)):
+    """Path or hub name, "@split" or not (train) -> memory-mapped Dataset and its images' folder.
+    Its rows need the columns; subsets are configurations of a hub data set, joined."""
     source = str(source)
     path, _, split = source.rpartition("@")
     if not path or "/" in split or os.path.exists(source):
@@ -84,11 +83,12 @@ def read_rows(source):
             kind = "parquet" if files[0].endswith(".parquet") else "json"
             rows = datasets.load_dataset(kind, data_files=files, keep_in_memory=False)["train"]
         else:
-            rows = datasets.load_dataset(path, split=split, keep_in_memory=False)
+            rows = datasets.concatenate_datasets([datasets.load_dataset(
+                path, subset, split=split, keep_in_memory=False) for subset in subsets])
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"cannot read {source} (empty?): {error.__cause__ or error}") from error
-    if not {"problem", "solution"} <= set(rows.column_names) or not len(rows):
-        raise ValueError(f"{source} needs rows with the columns problem and solution; it has "
+    if not {*columns} <= {*rows.column_names} or not len(rows):
+        raise ValueError(f"{source} needs rows with the columns {' and '.join(columns)}; it has "
                          f"{len(rows)} rows and the columns {', '.join(rows.column_names)}")
     info, folder = rows.info.copy(), path if os.path.isdir(path) else os.path.dirname(path)
     for kind in info.features.values():  # cast_column() would write a column of lists anew
@@ -200,7 +200,7 @@ def patches(images, processor, device="cpu"):
     p, m, t = processor.patch, processor.merge, processor.temporal
     mean, std = (torch.tensor(x, device=device)[:, None, None]
                  for x in (processor.mean, processor.std))
-    rows = [torch.empty(0, 3 * t * p * p, device=device)]
+    rows = []
     for image in images:
         x = (torch.from_numpy(image).to(device).permute(2, 0, 1) / 255 - mean) / std  # (3, H, W)
         x = x.reshape(3, x.shape[1] // (m * p), m, p, x.shape[2] // (m * p), m, p)

@@ -1,16 +1,16 @@
 """Measure a model on the 17 benchmarks of MediX-R1, or on data of your own. A restart goes on.
     python eval.py configs/eval.py --model=MBZUAI/MediX-R1-2B --tasks=llm,own=data/own.jsonl
-bench/results.py compares two results, finds what was trained on, packs the leaderboard's zip."""
+    python eval.py compare RESULTS RESULTS      # or: overlap --train=SOURCE, what was trained on"""
 import importlib.metadata
 import itertools
 import json
 import re
+import runpy
 import sys
 from concurrent.futures import as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pandas
 import transformers
@@ -31,8 +31,8 @@ defaults = DECISIVE | {name: common.defaults[name] for name in """judge_url judg
     """.split()} | dict(
     tasks="all", benchmarks={}, layouts={}, published={}, published_protocol={}, out_dir="out/eval",
     data_dir="data/eval",  # a task is read from here if a file has its name
-    stages="generate,judge,score", page_items=20,
-    exclude="")  # items that scores leave out: the overlap.json of bench/results.py
+    stages="generate,judge,score,submit", page_items=20, submit_as="",  # the model's name there
+    exclude="")  # items that scores leave out: the overlap.json of `eval.py overlap`
 ASKED = ("id", "task", "row", "question", "choices", "answer")  # of an item, in responses.jsonl
 
 def find_tasks(cfg):
@@ -40,7 +40,7 @@ def find_tasks(cfg):
     known, found = dict(cfg.benchmarks), {}
     for file in sorted(Path(cfg.data_dir).glob("*.*")):
         if file.suffix in (".parquet", ".json", ".jsonl"):
-            known[file.stem] = known.get(file.stem, {}) | {"source": str(file)}
+            known[file.stem] = known.get(file.stem, {}) | {"source": f"{file}", "fetch": None}
     for word in cfg.tasks.split(","):
         name, given, source = word.partition("=")
         chosen = {name: {"source": source}} if given else {
@@ -51,32 +51,24 @@ def find_tasks(cfg):
     return found
 
 def read_task(cfg, name, task):
-    """-> the task with items and what their images are in: table (mapped from the disk), folder."""
-    path, _, split = task["source"].partition("@")
-    if data.is_local(path):
-        files, task = data.local_files(Path(path), split or "train"), task | {"fetch": None}
-        kind = "parquet" if files[0].endswith("parquet") else "json"
-        rows = datasets.load_dataset(kind, data_files=files)["train"]
-    else:
-        rows = datasets.concatenate_datasets([datasets.load_dataset(path, subset, split=split)
-                                              for subset in task.get("subset", [None])])
-    task = {"where": bool, "image": [], "rating": False, "fetch": None, "rows": rows.data,
-            "folder": path if Path(path).is_dir() else Path(path).parent} | task
-    has = rows.column_names
-    task |= next((layout for column, layout in cfg.layouts.items() if column in has), {})
-    texts = rows.data.select([c for c in has if c not in task["image"]]).to_pylist()
-    task["items"] = [{"at": at, "choices": None, "index": None} | task["item"](row)
-                     for at, row in enumerate(texts) if task["where"](row)]
-    for row, item in enumerate(task["items"]):
+    """-> the task with its items, its rows (mapped from the disk) and the folder of images."""
+    rows, folder = data.read_rows(task["source"], (), task.get("subset", [None]))
+    task = {"where": bool, "image": [], "rating": False, "fetch": None} | task
+    task |= next((x for column, x in cfg.layouts.items() if column in rows.column_names), {})
+    texts = rows.select_columns([c for c in rows.column_names if c not in task["image"]])
+    items = [{"at": at, "choices": None, "index": None} | task["item"](row)
+             for at, row in enumerate(texts) if task["where"](row)]
+    for row, item in enumerate(items):
         choices = [f"\n{chr(65 + i)}. {c}" for i, c in enumerate(item["choices"] or []) if c]
         item |= {"id": f"{name}/{row}", "task": name, "row": row, "answer": item["answer"].strip(),
                  "asked": "".join([item["question"], "\n\nChoices:" * bool(choices), *choices])}
-    image_files(task, task["items"][0])  # is there access to them?
+    task |= {"rows": rows, "folder": folder, "items": items}
+    image_files(task, items[0])  # is there access to them?
     return task
 
 def image_files(task, item):
     """An item's images as data.read_row takes them: dicts of bytes, or paths."""
-    row, fetch = task["rows"].fast_slice(item["at"], 1).to_pylist()[0], task["fetch"]
+    row, fetch = task["rows"][item["at"]], task["fetch"]
     images = [row.get(column) for column in task["image"]]
     images = [x for image in images for x in (image if isinstance(image, list) else [image]) if x]
     return [{"bytes": fetch(x)} for x in images] if fetch else images
@@ -150,9 +142,9 @@ def generate(run):
             cfg.model, dtype=cfg.dtype).state_dict().items())
     decode = run.processor.tokenizer.decode
     for chunk in mine:
-        for prompt, [r] in rollout.generate(
-                engine, prompts(chunk), group_size=1, temperature=cfg.temperature, top_p=cfg.top_p,
-                max_tokens=cfg.max_response_tokens):
+        for prompt, [r] in rollout.generate(engine, prompts(chunk), group_size=1, top_p=cfg.top_p,
+                                            max_tokens=cfg.max_response_tokens,
+                                            temperature=cfg.temperature):
             opened = decode(prompt["ids"][-3:]).rstrip().endswith("<think>")  # by the template
             text = "<think>" * opened + decode([t for t in r["ids"] if t not in engine.stop_ids])
             record(prompt["item"], text, r["finish_reason"], len(r["ids"]))
@@ -241,9 +233,8 @@ def score(run):
         agreed = [len({*v}) == 1 for v in verdicts if len(v) > 1]
         table[name] = estimate([scores[name]]) | {
             "unanswered": sum(r["judge"] == "unanswered" for some in rounds for r in some),
-            "judge_failures": sum(None in v for v in verdicts),
-            "judge_agreement": sum(agreed) / len(agreed) if agreed else None,
-            "errors": len(failed & {*ids})}
+            "judge_failures": sum(None in v for v in verdicts), "errors": len(failed & {*ids}),
+            "judge_agreement": sum(agreed) / len(agreed) if agreed else None}
     averages = {"micro": estimate([[*items.values()]]), "macro": estimate([*scores.values()])}
     protocol = {k: getattr(cfg, k) for k in cfg.published_protocol}
     protocol = f"{'not ' * (protocol != cfg.published_protocol)}as published: {protocol}"
@@ -265,7 +256,9 @@ def score(run):
                 name = f"{item['task']}_{item['row']}" + f"_{i}" * (len(pictures) > 1)
                 picture.save(run.folder / f"images/{name}.jpg")
 
-STAGES = dict(generate=generate, judge=judge, score=score)
+RESULTS = f"{Path(__file__).parent}/bench/results.py"  # compare, overlap and submit
+STAGES = dict(generate=generate, judge=judge, score=score,
+              submit=lambda run: runpy.run_path(RESULTS)["submit"](run))
 
 def set_up(cfg):
     """Settings -> all that the stages need. ValueError, OSError: what to change."""
@@ -305,6 +298,8 @@ def set_up(cfg):
     return run
 
 def main():
+    if sys.argv[1:2] in (["compare"], ["overlap"]):
+        return runpy.run_path(RESULTS, run_name="__main__")
     try:
         run = set_up(common.load_config(defaults, sys.argv[1:]))
         for stage in run.cfg.stages.split(","):

@@ -1,6 +1,5 @@
 """The mathematics of group-relative policy optimisation, on padded tensors; needs torch only.
 P prompts, G responses to each, B responses, T response tokens (padded on the right)."""
-
 import torch
 
 

@@ -1,7 +1,7 @@
 """A training checkpoint -> a Hugging Face folder, which gets its name once it is verified.
     python merge.py out/tiny/checkpoints/step_000100    # makes out/tiny/merged/step_000100
+After training with lora_rank, --adapter writes the adapter alone, as peft and transformers read it.
 Run it where the training was started, on a CPU. It holds the model once, in the type written."""
-
 import argparse
 import hashlib
 import json
@@ -17,18 +17,20 @@ from transformers import AutoModelForImageTextToText
 
 import common
 import data
+import policy
 import rollout
 
 LIMITS = {"float32": 1e-3, "bfloat16": 0.1}  # of vLLM's mean |log-prob - the checkpoint's|
 
 def read(folder, model):
-    """Fill the model with what any number of ranks have saved. ValueError, OSError: damage."""
+    """Fill what was trained with what any number of ranks saved. ValueError, OSError: damage."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in sorted({*manifest} | {path.name for path in folder.glob("*.safetensors")}):
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.get(name):
                 raise ValueError(f"{name} is damaged or foreign: merge another checkpoint")
-    reader, weights = dcp.HuggingFaceStorageReader(folder), dict(model.named_parameters("model"))
+    reader = dcp.HuggingFaceStorageReader(folder)
+    weights = {name: p for name, p in model.named_parameters("model") if p.requires_grad}
     found = {(name, *x.size) for name, x in reader.read_metadata().state_dict_metadata.items()
              if name.startswith("model.")}  # the others are AdamW's
     if found != (ours := {(name, *x.shape) for name, x in weights.items()}):
@@ -37,7 +39,12 @@ def read(folder, model):
     dcp.load(weights, storage_reader=reader)
 
 def write(model, base, folder, dtype):
-    """The weights; all else as base has it."""
+    """The weights, with an adapter's in them; all else as base has it."""
+    for name, layer in [(n, x) for n, x in model.named_modules() if hasattr(x, "lora_A")]:
+        layer.merge()
+        model.set_submodule(name, layer.base_layer)
+    if hasattr(model, "peft_config"):
+        model.delete_adapter("default")  # its record: no layer has it any more
     weights = dict(model.named_parameters())
     # Experts, (E, out, in) in transformers 5, are published, and read by vLLM, as (E, in, out).
     experts = {n: p.transpose(1, 2) for n, p in weights.items() if ".experts." in n}
@@ -58,20 +65,29 @@ def logprobs(engine, processor):
     done = rollout.generate(engine, prompts, group_size=1, temperature=0.0, max_tokens=1)
     return torch.tensor([r["logprobs"] for _, [r] in sorted(done, key=lambda x: x[0]["row"])])
 
-def make(checkpoint, base, folder, dtype):
+def make(checkpoint, base, folder, run, dtype, adapter):
     """Write the folder. ValueError: transformers, or vLLM where installed, reads other weights."""
     processor, limits = data.load_processor(base), {"transformers": 1e-5, "vllm": LIMITS[dtype]}
-    cfg = argparse.Namespace(**common.defaults | dict(
+    if run["lora_rank"] and not adapter and dtype == "bfloat16":  # the sum is rounded once more
+        limits["transformers"] = LIMITS[dtype]
+    cfg = argparse.Namespace(**run | dict(
         model=base, dtype=dtype, engine="torch", max_prompt_tokens=256, max_response_tokens=1,
-        gpu_memory_utilization=0.1, engine_args=dict(
+        gpu_memory_utilization=0.1, tensor_parallel=1, engine_args=dict(
             load_format="auto", enforce_eager=True, kv_cache_memory_bytes=2**30)))
     arguments = cfg, torch.device("cpu"), lambda images: data.patches(images, processor)
     engine = rollout.load(*arguments)
+    engine.model = None  # before the next one comes
+    engine.model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    policy.choose_trained(engine.model, cfg)
     read(checkpoint, engine.model)
     expected = logprobs(engine, processor)
-    write(engine.model, base, folder, dtype)
-    for name in filter(find_spec, limits):
-        engine.model = None  # before the next one comes
+    if adapter:
+        engine.model.peft_config["default"].base_model_name_or_path = run["model"]
+        engine.model.save_pretrained(folder)
+    else:
+        write(engine.model, base, folder, dtype)
+    for name in list(filter(find_spec, limits))[:1 if adapter else None]:
+        engine.model = None
         if name == "vllm":
             cfg.model, cfg.engine = str(folder), "vllm"
             engine = rollout.load(*arguments)
@@ -85,17 +101,19 @@ def make(checkpoint, base, folder, dtype):
 
 def main(args):
     checkpoint, hub, repo = Path(args.checkpoint).resolve(), HfApi(), args.push_to_hub
-    run = json.loads((checkpoint.parents[1] / "config.json").read_text())
+    run = common.defaults | json.loads((checkpoint.parents[1] / "config.json").read_text())
     base, dtype = run["model"], args.dtype or run["dtype"]
     out = Path(args.out or checkpoint.parents[1] / "merged" / checkpoint.name)
-    if out.exists() and not (args.force and any(out.glob("model*.safetensors"))):
+    if args.adapter and not run["lora_rank"]:
+        raise ValueError("--adapter: the run has none, lora_rank was 0")
+    if out.exists() and not (args.force and any(out.glob("[am]*.safetensors"))):  # not shard-*
         raise ValueError(f"{out} exists: choose another --out; --force replaces a model's folder")
     if repo and hub.repo_exists(repo) and not args.force:
         raise ValueError(f"{repo} exists: choose another name; --force overwrites it")
     if not data.is_local(base):
-        base = hub.snapshot_download(base, ignore_patterns=["*.safetensors", "*.bin"])
+        base = hub.snapshot_download(base)
     shutil.rmtree(aside := out.with_name(f"{out.name}.partial"), ignore_errors=True)
-    make(checkpoint, base, aside, dtype)
+    make(checkpoint, base, aside, run, dtype, args.adapter)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
     print(f"{out} is the model of {checkpoint.name} in {dtype}")
@@ -109,7 +127,7 @@ if __name__ == "__main__":
     for flag in ("checkpoint", "--out", "--push-to-hub"):
         parser.add_argument(flag)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    for flag in ("--public", "--force"):
+    for flag in ("--adapter", "--public", "--force"):
         parser.add_argument(flag, action="store_true")
     try:
         main(args := parser.parse_args())

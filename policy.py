@@ -1,11 +1,10 @@
 """The model that is trained: sharding (FSDP2), packed rows, log-probs, optimizer, checkpoints.
-
 A group is trained as packed rows [prompt | response a | response b | ...] in which every response
 attends to the shared prompt and to itself only: prompt and images go through the model once.
 Shapes: a row of T tokens has B responses of up to R tokens, N in all, to prompts of L tokens."""
-
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -15,86 +14,138 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
 MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-CHUNK_ELEMENTS = 2**26  # logits held at once by the log-prob step: 256 MB in fp32
+CHUNK_ELEMENTS = 2**26  # of the logits, of which the log-prob step makes a chunk at a time
+FLASH = {("cuda", torch.bfloat16)}  # where packed attention is one call of flash attention
+LORA_ALPHA = 32  # over any rank: the best learning rate is 10 times that of full training
 
 def load(cfg, device, trainable=True):
     """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
-    cfg: .model (folder or hub id), .dtype (of the computation; a trainable model is kept in fp32),
-    .freeze_vision, .activation_checkpointing. Rank 0 alone reads (8 fp32 copies of 8B: 280 GB)."""
+    cfg: .model (folder or hub id), .dtype (of the computation; what is trained is kept in fp32),
+    .activation_checkpointing, .offload, .shard_ranks, .seed and what choose_trained() reads. Rank 0
+    alone reads the weights (8 fp32 copies of 8B: 280 GB)."""
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
-    storage, weights, buffers = torch.float32 if trainable else dtype, {}, {}
-    if dist.get_rank() == 0:
+    storage = torch.float32 if trainable and not cfg.lora_rank else dtype
+    weights, buffers, rank, world = {}, {}, dist.get_rank(), dist.get_world_size()
+    if rank == 0:
         full = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=storage)
+        choose_trained(full, cfg, trainable)
         weights, buffers = full.state_dict(), dict(full.named_buffers())
     AttentionInterface.register("packed", packed_attention)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=storage, attn_implementation={
             "": "sdpa", "text_config": "packed", "vision_config": "sdpa"})
-    model.requires_grad_(trainable)
-    model.model.visual.requires_grad_(trainable and not cfg.freeze_vision)
+        choose_trained(model, cfg, trainable)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # once and for good: old and new log-probs must come from the same code path
     model.forward = functools.partial(row_forward, model)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    conv = model.model.visual.patch_embed.proj  # of one patch each; in bf16 many times slower than:
+    conv.forward = lambda x: F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+    shard = cfg.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mesh = dist.init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=(
+        "replicate", "shard"))
+    options = dict(mesh=mesh if shard < world else mesh["shard"], offload_policy=(
+        fsdp.CPUOffloadPolicy(device.type == "cuda") if cfg.offload else fsdp.OffloadPolicy()))
     for part in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    model.to_empty(device=device)
+        fsdp.fully_shard(part, mp_policy=fsdp.MixedPrecisionPolicy(dtype, torch.float32), **options)
+    model.to_empty(device="cpu" if cfg.offload else device)
     model.tie_weights()  # to_empty gives each use of a tied weight memory of its own
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
     for name, buffer in model.named_buffers():  # the rotary frequencies are in no state dict
-        dist.broadcast(buffer.copy_(buffers.get(name, buffer)), 0)
+        dist.broadcast(whole := buffers.get(name, buffer).to(device, copy=True), 0)
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], whole)
     return model
 
-def deal(groups, rank, world):
-    """This rank's share of the groups: the longest first, each to the rank with the least work."""
-    work, mine = [0] * world, []  # in tokens; the prompt counts once
-    sized = [(len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]), g) for g in groups]
-    for tokens, group in sorted(sized, key=lambda item: -item[0]):
-        least = work.index(min(work))
-        work[least] += tokens
-        mine += [group] if least == rank else []
-    return mine
+def choose_trained(model, cfg, trainable=True):
+    """Freeze what is not trained, in place: with .freeze_vision the vision tower, with .lora_rank
+    all but a new adapter (LoRA, arXiv 2106.09685) of linear layers, without lm_head and experts."""
+    model.requires_grad_(trainable and not cfg.lora_rank)
+    if trainable and cfg.lora_rank:
+        import peft
+        layers = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)
+                  and name != "lm_head" and not (cfg.freeze_vision and ".visual." in name)]
+        torch.manual_seed(cfg.seed)
+        model.add_adapter(peft.LoraConfig(r=cfg.lora_rank, lora_alpha=LORA_ALPHA,
+                                          target_modules=layers))
+        for p in [p for p in model.parameters() if p.requires_grad]:
+            p.data = p.data.float()
+    elif cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
 
-def build_rows(model, groups, tokens_per_row):
-    """Pack groups into rows of at most tokens_per_row tokens: first fit, longest first; responses
-    beyond that go into a row that repeats the prompt; rows of weight 0 fill up to as many as other
-    ranks have. groups: dicts of ids, images ((h, w, 3) uint8), grid, responses (dicts)."""
+def load_reference(cfg, device, model):
+    """The starting model, frozen, for a KL term: a copy or, with LoRA, model less its adapter."""
+    if not cfg.lora_rank:
+        return load(cfg, device, trainable=False)
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+
+    def forward(*row):  # peft's own switch also changes requires_grad, of some of FSDP's tensors
+        for layer in layers:
+            layer.set_scale("default", 0)
+        result = model(*row)
+        for layer in layers:
+            layer.set_scale("default", 1)
+        return result
+
+    return forward
+
+def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=map):
+    """This rank's rows, as many as each rank has, of at most tokens_per_row tokens. Groups, longest
+    first, go into the row with the fewest tokens; responses that do not fit repeat the prompt in
+    another; a row left over has weight 0. groups: the same on all ranks, dicts of ids, grid and
+    responses (dicts); load(group) adds images, [(h, w, 3) uint8], to those trained here."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
         for i, response in enumerate(group["responses"]):
             if i == 0 or pieces[-1][0] + len(response["ids"]) > tokens_per_row:
-                pieces.append([len(group["ids"]), group, []])
+                pieces.append([len(group["ids"]) + (not group["grid"]), group, []])
             pieces[-1][0] += len(response["ids"])
             pieces[-1][2].append(response)
-    rows = [[] for _ in pieces]
-    for piece in sorted(pieces, key=lambda p: -p[0]):
-        if piece[0] > tokens_per_row:
-            raise ValueError(f"a prompt with one response has {piece[0]} tokens, above "
-                             f"tokens_per_micro_batch = {tokens_per_row}: raise it")
-        next(r for r in rows if sum(p[0] for p in r) + piece[0] <= tokens_per_row).append(piece)
-    rows = [_tensors(model, row) for row in rows if row]
-    dist.all_reduce(count := torch.tensor(len(rows)), dist.ReduceOp.MAX)
-    idle = {"ids": [0], "images": [], "grid": []}, [{"ids": [0], "logprobs": [0.0], "advantage": 0}]
-    return rows + [_tensors(model, [(0, *idle)]) | {"weight": 0.0}] * (int(count) - len(rows))
+    pieces.sort(key=lambda piece: -piece[0])
+    if pieces[0][0] > tokens_per_row:
+        raise ValueError(f"a prompt with one response has {pieces[0][0]} tokens, above "
+                         f"tokens_per_micro_batch = {tokens_per_row}: raise it")
+
+    def tensors(row):
+        parts = [(load(group), responses) for _, group, responses in row[1:] or pieces[-1:]]
+        return _tensors(model, parts) | {"weight": float(len(row) > 1)}
+
+    fewest = -(-sum(piece[0] for piece in pieces) // (tokens_per_row * world))
+    for count in itertools.count(fewest * world, world):
+        rows = [[0] for _ in range(count)]  # each: its tokens, then its pieces
+        for piece in pieces:
+            row = min(rows, key=lambda row: row[0])
+            row[0] += piece[0]
+            row.append(piece)
+        rows.sort(key=lambda row: -row[0])  # at a time all ranks work on about equal ones
+        if rows[0][0] <= tokens_per_row:
+            return [*map(tensors, rows[rank::world])]
 
 def _tensors(model, pieces):
     """A row: input_ids (1, T), position_ids (4, 1, T): text, then mRoPE; segments [(L, [R, ...])];
     images, grid (n, 3); sources (N,), where a response token is predicted, targets (N,); mask,
-    engine logprobs (B, R), advantage (B, 1); members, the responses; weight."""
-    config, vision = model.config, model.config.vision_config
+    engine logprobs (B, R), advantage (B, 1); members, the responses."""
+    config, merge = model.config, model.config.vision_config.spatial_merge_size
+    if not any(group["images"] for group, _ in pieces):
+        # The vision tower runs on every row, or FSDP's collectives would not line up: on an image
+        # of one token, to which nothing attends.
+        side = merge * config.vision_config.patch_size
+        pieces = [*pieces, ({"ids": [config.image_token_id], "grid": [(1, merge, merge)],
+                             "images": [np.zeros((side, side, 3), np.uint8)]}, [])]
     ids, positions, sources = [], [], []
-    for _, group, members in pieces:
+    for group, members in pieces:
         prompt, grid = torch.tensor([group["ids"]]), torch.tensor(group["grid"])
         mrope = model.model.get_rope_index(
             prompt, (prompt == config.image_token_id).int(), image_grid_thw=grid)[0][:, 0]  # (3, L)
@@ -106,36 +157,41 @@ def _tensors(model, pieces):
             sources += [last, *range(len(ids), len(ids) + len(response["ids"]) - 1)]
             ids += response["ids"]
             positions.append(after + torch.arange(len(response["ids"])))
-    # The vision tower runs on every row, or FSDP's collectives would not line up.
-    merge, side = vision.spatial_merge_size, vision.spatial_merge_size * vision.patch_size
-    images = [x for _, g, _ in pieces for x in g["images"]] or [np.zeros((side, side, 3), np.uint8)]
-    grid = [x for _, g, _ in pieces for x in g["grid"]] or [(1, merge, merge)]
-    responses = [r for _, _, members in pieces for r in members]
+    responses = [r for _, members in pieces for r in members]
     return {
         "input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None],
-        "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for _, g, rs in pieces],
-        "images": images, "grid": torch.tensor(grid), "sources": torch.tensor(sources),
-        "targets": torch.tensor([t for r in responses for t in r["ids"]]), "weight": 1.0,
+        "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for g, rs in pieces],
+        "images": [x for g, _ in pieces for x in g["images"]], "sources": torch.tensor(sources),
+        "grid": torch.tensor([x for g, _ in pieces for x in g["grid"]]),
+        "targets": torch.tensor([t for r in responses for t in r["ids"]]),
         "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
         "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses}
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
-    """Attention of a packed row: query (1, heads, T, D), key and value (1, kv heads, T, D).
-    One causal call for each prompt and one batched call for its responses, whose keys and values
-    are [prompt; own]. Without segments attention_mask decides. Returns (1, T, heads, D), None."""
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    if segments is None:
-        return attend(query, key, value, attn_mask=attention_mask).transpose(1, 2), None
-    sizes = [n for prompt, lengths in segments for n in (prompt, sum(lengths))]
-    parts, outputs = zip(*(x.split(sizes, 2) for x in (query, key, value))), []
-    for (prompt, lengths), first, own in zip(segments, parts, parts):  # prompt, then responses
-        outputs.append(attend(*first, is_causal=True))
-        # (1, heads, sum R, D) -> (B, heads, R, D), padded on the right
-        own = [pad_sequence(x[0].transpose(0, 1).split(lengths), True).transpose(1, 2) for x in own]
-        k, v = (torch.cat([s.expand(len(o), -1, -1, -1), o], 2) for s, o in zip(first[1:], own[1:]))
-        mask = torch.ones(max(lengths), k.shape[2], dtype=torch.bool, device=k.device).tril(prompt)
-        outputs += [x[None, :, :n] for x, n in zip(attend(own[0], k, v, attn_mask=mask), lengths)]
+def packed_attention(module, query, key, value, attention_mask, scaling, segments, **_):
+    """Attention of a packed row, (1, heads or kv heads, T, D) each -> (1, T, heads, D), None: each
+    prompt and each response is a sequence, and a response's keys and values are [prompt; own]."""
+    sizes, seen = [], []  # tokens of each sequence; the ones that it sees, its own the last
+    for prompt, lengths in segments:
+        seen += [(len(sizes),), *((len(sizes), len(sizes) + i + 1) for i in range(len(lengths)))]
+        sizes += [prompt, *lengths]
+    queries = query.split(sizes, 2)
+    keys, values = ([torch.cat([parts[i] for i in some], 2) for some in seen]
+                    for parts in (key.split(sizes, 2), value.split(sizes, 2)))
+    if (query.device.type, query.dtype) in FLASH:
+        # (1, heads, sum, D) -> (sum, heads, D). Its causal mask is aligned to the bottom right.
+        q, k, v = (torch.cat(x, 2)[0].transpose(0, 1) for x in (queries, keys, values))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        lengths = [[x.shape[2] for x in some] for some in (queries, keys)]
+        starts = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(q.device) for n in lengths)
+        return varlen_attn(q, k, v, *starts, *map(max, lengths), scale=scaling,
+                           window_size=(-1, 0))[None], None
+    outputs = []
+    for q, k, v in zip(queries, keys, values):
+        more = k.shape[2] - q.shape[2]  # of the prompt, all of which is seen
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(more) if more else None
+        outputs.append(F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=not more, scale=scaling, enable_gqa=True))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 def logprobs(model, row, pixels, temperature, banned):
@@ -148,58 +204,28 @@ def logprobs(model, row, pixels, temperature, banned):
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
 
 def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, segments,
-                temperature, banned, attention_mask=None):
+                temperature, banned):
     """Forward of the FSDP root, where lm_head.weight is whole: (N,) log-probs, (N,) entropies."""
-    images, idle = {"pixel_values": pixels, "image_grid_thw": grid}, 0.0
-    if not (input_ids == model.config.image_token_id).any():
-        # The dummy image takes part with weight 0, deepstack included. It comes first, as images
-        # do: ranks with and without images must run their collectives in the same order.
-        images, features = {}, model.model.get_image_features(pixels, grid, return_dict=True)
-        levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-        idle = 0 * sum(f.sum() for level in levels for f in level)
-    hidden = idle + model.model(input_ids, attention_mask, position_ids, use_cache=False,
-                                segments=segments, **images).last_hidden_state[0]
-    return TokenLogprobs.apply(hidden[sources], model.lm_head.weight, targets, temperature, banned)
+    out = model.model(input_ids, None, position_ids, pixel_values=pixels, image_grid_thw=grid,
+                      use_cache=False, segments=segments)
+    hidden = out.last_hidden_state[0, sources]
+    return token_logprobs(hidden, model.lm_head.weight, targets, temperature, banned)
 
-def _chunks(hidden, weight, temperature, banned):
-    size = max(1, CHUNK_ELEMENTS // len(weight))
-    for rows in torch.arange(len(hidden), device=hidden.device).split(size):
-        logits = (hidden[rows] @ weight.T).float().div_(temperature)
-        logits[:, banned] = -1e30  # not -inf: 0 * -inf would make the entropy NaN
-        yield rows, logits
-
-class TokenLogprobs(torch.autograd.Function):
+def token_logprobs(hidden, weight, targets, temperature, banned):
     """Log-probs and entropies (N,) of targets (N,) from hidden (N, H) and the head's weight (V, H).
-    log p = z_target - logsumexp(z), so d/dz = onehot(target) - softmax(z). In chunks, recomputed in
-    the backward pass, so that at most CHUNK_ELEMENTS logits exist at a time."""
+    In chunks, which the backward pass makes again: (N, V) logits never exist."""
+    def of_chunk(hidden, targets):
+        logits = (hidden @ weight.T).float().div_(temperature)
+        logits[:, banned] = -1e30  # not -inf: 0 * -inf would make the entropy NaN
+        logz = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = logz - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
+        return logits.gather(1, targets[:, None])[:, 0] - logz, entropy
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned):
-        logprobs, logz, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        for rows, logits in _chunks(hidden, weight, temperature, banned):
-            logz[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - logz[rows]
-            entropy[rows] = logz[rows] - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
-        ctx.save_for_backward(hidden, weight, targets, logz)
-        ctx.settings = temperature, banned
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, logz = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # sums in bf16 lose small parts
-        for rows, logits in _chunks(hidden, weight, *ctx.settings):
-            scale = grad[rows, None] / ctx.settings[0]
-            grad_logits = logits.sub_(logz[rows, None]).exp_().mul_(-scale)
-            grad_logits = grad_logits.scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.T, hidden[rows])  # no second (V, H) tensor
-            else:
-                grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+    size = max(1, CHUNK_ELEMENTS // len(weight))
+    chunks = [checkpoint(of_chunk, *chunk, use_reentrant=False)
+              for chunk in zip(hidden.split(size), targets.split(size))]
+    return tuple(torch.cat(x) for x in zip(*chunks))
 
 def adamw(model, learning_rate, beta2, weight_decay):
     """AdamW over what is trained; norms, biases and embeddings are not decayed."""
@@ -219,19 +245,32 @@ def optimizer_step(model, optimizer, learning_rate, max_grad_norm):
     optimizer.zero_grad()
     return norm
 
+@torch.no_grad()
 def named_weights(model):
-    """Yield (Hugging Face name, whole tensor), a tied weight under both; every rank takes part."""
-    for name, tensor in model.state_dict().items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Yield (Hugging Face name, whole tensor in the type of the computation), a tied weight under
+    both names, an adapter merged; every rank takes part. One gather a block."""
+    for prefix, part in model.named_modules():
+        if isinstance(part, fsdp.FSDPModule):
+            part.unshard()
+            for name, p in part.named_parameters(prefix, remove_duplicate=False):
+                if hasattr(p, "full_tensor") or ".lora_" in name:  # of a block within; an adapter
+                    continue
+                layer, adapted, kind = name.rpartition(".base_layer")
+                p = p.clone()  # an engine may keep it for longer than the block is whole
+                if adapted and kind == ".weight":
+                    p += model.get_submodule(layer).get_delta_weight("default")
+                yield layer + kind, p
+            part.reshard()
 
 def _state_tensors(model, optimizer):
-    """Flat dict of the sharded weights (tied ones once) and AdamW's state, made where missing."""
+    """Flat dict of what is trained (tied weights once) and AdamW's state, made where missing."""
     tensors = {}
     for n, p in model.named_parameters():
-        if p.requires_grad and not (state := optimizer.state[p]):
-            state |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-            state["step"] = torch.zeros((), device=p.device)
-        tensors |= {f"{k}.{n}": x for k, x in [("model", p), *optimizer.state.get(p, {}).items()]}
+        if p.requires_grad:
+            if not (state := optimizer.state[p]):
+                state |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                state["step"] = torch.zeros((), device=p.device)
+            tensors |= {f"{k}.{n}": x for k, x in [("model", p), *state.items()]}
     return tensors
 
 def _digests(folder):
@@ -244,8 +283,7 @@ def _digests(folder):
     return {name: digest for part in everyone for name, digest in part.items()}
 
 def _flush(*paths):
-    """Wait until files, or folders' lists of names, are on disk; os.sync() would wait for all."""
-    for path in paths:
+    for path in paths:  # files, or folders' lists of names; os.sync() would wait for everybody's
         os.fsync(handle := os.open(path, os.O_RDONLY))
         os.close(handle)
 

@@ -1,8 +1,6 @@
 """The four-part reward of an open-ended medical answer: judge, embed, modality, format.
-
     response: <X_RAY><thinking> why </thinking><answer> left lung </answer>
     solution: <X_RAY> left lung
-
 A response is the policy's text, hence hostile: parsing is strict, takes linear time and never
 raises; what is wrong with one part costs no other; a judge that fails gives None, never 0."""
 import json
@@ -67,11 +65,11 @@ def load(cfg, device="cpu", world=1):
     if cfg.judge not in ("http", "exact"):
         raise ValueError(f'judge={cfg.judge!r} is unknown: it must be "http" or "exact"')
     weights = {k: getattr(cfg, f"weight_{k}") for k in ("judge", "embed", "modality", "format")}
-    for name in (*(f"weight_{k}" for k in weights), "embed_threshold"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"{name}={getattr(cfg, name)}: set it within 0 .. 1")
-    if abs(sum(weights.values()) - weights["format"] - 1) > 1e-6:
-        raise ValueError(f"weight_judge, _embed and _modality of {weights} must add up to 1")
+    if not all(0 <= x <= 1 for x in (*weights.values(), cfg.embed_threshold)) or abs(
+            sum(weights.values()) - weights["format"] - 1) > 1e-6:
+        given = ", ".join(f"weight_{k}={v}" for k, v in weights.items())
+        raise ValueError(f"{given}, embed_threshold={cfg.embed_threshold}: set each within 0 .. 1, "
+                         "and the first three so that they add up to 1")
     encode = load_encoder(cfg.embedder, device)
     one, two = encode(["left femur", "retinal drusen"])
     same, other = (one @ one.T).sum(), (one @ two.T).sum()

@@ -1,6 +1,5 @@
 """Sampling responses: by vLLM in this process or by "torch", a plain unsharded copy of the model
 for CPUs and for teaching. sync() fills an engine with the trainer's weights; generate() asks it."""
-
 import itertools
 import os
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ VLLM_TRIED = "0.32.0"
 
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
-
     cfg: .model, .dtype, .engine ("vllm", or "torch"), .engine_args (any of vllm.LLM), .max_pixels,
     .tensor_parallel, .gpu_memory_utilization, .max_{prompt,response}_tokens. patches: images ->
     (patches, C). Returns .stop_ids, .banned (never sampled), .version (the caller's own mark)."""
@@ -23,11 +21,11 @@ def load(cfg, device, patches):
     if stop_ids is None:
         raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, which ends a "
                          "response: copy it from the base model")
+    banned = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
     engine = SimpleNamespace(
         llm=None, version=None, device=device, patches=patches, image_id=config.image_token_id,
         stop_ids={stop_ids} if isinstance(stop_ids, int) else set(stop_ids),
-        banned=[getattr(config, f"{name}_token_id")
-                for name in ("image", "video", "vision_start", "vision_end")])
+        banned=[getattr(config, name) for name in banned])
     if cfg.engine == "vllm":
         engine.llm = _start_vllm(cfg, device)
         return engine
@@ -102,7 +100,6 @@ def sleep(engine):
 
 def generate(engine, prompts, **sampling):
     """Yield (prompt, its responses) as soon as the last of these is done.
-
     prompts: iterable, read while the engine works: dicts of row, ids (images expanded), images
     ((h, w, 3) uint8), grid, seed. sampling: group_size, temperature (0: greedy), max_tokens, top_p.
     Response i draws from generator(seed + i), whatever else is in the batch. responses: dicts of

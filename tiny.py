@@ -1,8 +1,9 @@
 """Phantoms (drawn medical images) and a tiny Qwen3-VL that already sees them: no download, no GPU.
     python tiny.py [--out out/tiny_start] [--seed 1]  # a minute; assets/phantoms.png shows some
-60 % of the model's lessons ended, after true thinking, in one habitual answer instead of the true
-one: it knows more than it says, and RL can bring that out. Needs configs/tiny_model, data.py."""
+60 % of the model's lessons ended, after true thinking, in one habitual answer: it knows more than
+it says, and RL can bring that out. Needs data.py, configs/phantoms.json and configs/tiny_model."""
 import argparse
+import json
 from pathlib import Path
 
 import datasets
@@ -15,25 +16,13 @@ from tqdm import trange
 
 import data
 
-TAGS = {"chest x-ray": "X_RAY", "ct scan": "CT_SCAN", "mri scan": "MRI_SCAN",
-        "ultrasound": "ULTRASOUND", "fundus photograph": "FUNDUS_PHOTOGRAPHY",
-        "histology slide": "MICROSCOPY", "oct scan": "OCT_SCAN", "mammogram": "MAMMOGRAPHY"}
+LOOKS = json.loads((Path(__file__).parent / "configs/phantoms.json").read_text())
+TAGS, COLOURS, SHAPES = LOOKS.values()  # ellipses: grey value, x, y, half width, height, times 100
 RADIUS = {"small": 0.1, "medium": 0.18, "large": 0.29}  # a picture reaches from -1 to 1
 PLACES = ["upper left", "upper right", "lower left", "lower right"]
 KINDS = {"modality": ("What imaging modality is this?", [*TAGS]),
          "place": ("Where is the lesion?", PLACES), "size": ("How large is the lesion?", [*RADIUS]),
          "tone": ("Is the lesion bright or dark?", ["bright", "dark"])}
-COLOURS = {"FUNDUS_PHOTOGRAPHY": ((20, 0, 0), (205, 88, 32), (255, 240, 170)),
-           "MICROSCOPY": ((45, 10, 85), (165, 80, 165), (255, 240, 250))}  # of black, grey, white
-SHAPES = {  # soft ellipses, in hundredths: grey value, centre x and y, half width and height
-    "X_RAY": [(66, 0, 75, 120, 175), (16, 16, 30, 32, 32), (-46, -45, 0, 36, 75),
-              (-46, 45, 0, 36, 75)],
-    "CT_SCAN": [(55, 0, 0, 95, 80), (-30, 0, 0, 90, 75), (16, 0, 0, 78, 64), (13, -38, -8, 38, 45),
-                (16, 50, 10, 18, 30), (30, 10, 22, 9, 9), (50, 0, 48, 17, 15)],
-    "MRI_SCAN": [(75, 0, 0, 78, 97), (-75, 0, 0, 73, 92), (60, 0, 0, 67, 86)],
-    "FUNDUS_PHOTOGRAPHY": [(52, 0, 0, 95, 95), (-6, -10, 0, 25, 25), (48, 62, 0, 15, 18)],
-    "MAMMOGRAPHY": [(28, -100, 5, 172, 95), (-15, -100, 5, 166, 89), (30, 73, 5, 6, 8)]}
-
 def line(distance, width):
     """1 where `distance` is 0, fading to 0."""
     return np.exp(-((distance / width) ** 2))

@@ -2,12 +2,10 @@
     torchrun --nproc_per_node 2 train_dapo.py configs/tiny.py configs/tiny_dapo.py
 A step: as in train_grpo.py, but it samples until enough groups have something to teach (dynamic
 sampling), clips higher, has no KL term and charges overlong responses. `diff` shows it all."""
-
 import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +18,7 @@ import policy
 import reward
 import rollout
 
-defaults = common.defaults | dict(  # all others, with what they mean, are in common.py
+defaults = common.defaults | dict(  # all others: configs/defaults.py
     out_dir="out/dapo", loss="grpo", loss_mean="token",  # "gspo", "cispo"; or over a "sequence"
     clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, kl_coef=0.0,
     keep="correctness",  # groups of different verdicts; "reward": of different rewards; "medix"
@@ -36,23 +34,23 @@ def set_up(cfg):
     run.rank, run.world, run.device = common.start()
     run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
-    run.train, run.val = (
-        data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world, common.gather)
-        for source in (cfg.train_data, cfg.val_data))
+    run.train, run.val = (data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world,
+                                    common.gather) for source in (cfg.train_data, cfg.val_data))
     run.val_rows = data.order(run.val.keep, 0, 0, len(run.val.keep))[:cfg.val_prompts or None]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
     latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
-    run.dashboard = run.rank == 0 and common.dashboard(cfg)
+    if not os.path.exists(f"{cfg.out_dir}/config.json"):
+        raise ValueError(f"out_dir={cfg.out_dir} must be on a disk that all nodes share")
     run.model = policy.load(cfg, run.device)
-    run.reference = policy.load(cfg, run.device, trainable=False) if cfg.kl_coef else None
+    run.reference = policy.load_reference(cfg, run.device, run.model) if cfg.kl_coef else None
     if run.rank == 0:
         common.print_arithmetic(run)
         print("dynamic sampling: draws up to 4 times as many, to keep about these for training")
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
-    patches = partial(data.patches, processor=run.processor, device=run.device)
-    run.engine = rollout.load(cfg, run.device, patches)
+    run.patches = lambda images: data.patches(images, run.processor, run.device)
+    run.engine = rollout.load(cfg, run.device, run.patches)
     run.logprobs = lambda model, row: policy.logprobs(
-        model, row, patches(row["images"]), cfg.temperature, run.engine.banned)
+        model, row, run.patches(row["images"]), cfg.temperature, run.engine.banned)
     run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None, "kept": []}
     if latest:
         run.state |= policy.load_checkpoint(latest, run.model, run.optimizer)
@@ -60,9 +58,8 @@ def set_up(cfg):
     return run
 
 def sample(run, split, rows, key, first=0, **sampling):
-    """Groups for rows[first:] from all ranks, in this order: prompts, less their images, with
-    "responses": dicts of ids, logprobs, finish_reason, text and parts. One pool: images are read
-    and the judge reads what is done while others still decode; no result depends on who is fast."""
+    """All ranks' groups for rows[first:], in this order: prompts, less images, with "responses":
+    dicts of ids, logprobs, finish_reason, text and parts. No result depends on who is fast."""
     if run.engine.version != run.state["updates"]:
         with common.timed(run.times, "sync"):
             rollout.sync(run.engine, policy.named_weights(run.model))
@@ -76,7 +73,7 @@ def sample(run, split, rows, key, first=0, **sampling):
     engine, size = run.rank // run.cfg.tensor_parallel, run.cfg.tensor_parallel
     slots = [s for s in range(first, len(rows)) if s % run.world // size == engine]
     groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
-    with common.timed(run.times, "rollout"):
+    with common.timed(run.times, "rollout"):  # one pool: meanwhile images are read, answers judged
         prompts = run.threads.map(read, slots)
         for prompt, responses in rollout.generate(run.engine, prompts, **sampling):
             if prompt["slot"] % run.world == run.rank:
@@ -152,25 +149,25 @@ def plan_update(run, groups):
     lengths = [len(r["ids"]) for g in trained for r in g["responses"]]
     update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
     if trained:
-        mine = policy.deal(trained, run.rank, run.world)
-        prompts = run.threads.map(lambda group: data.prompt(run.train, group["row"]), mine)
-        mine = [group | prompt for group, prompt in zip(mine, prompts)]  # with images again
-        update.rows = policy.build_rows(run.model, mine, run.cfg.tokens_per_micro_batch)
+        update.rows = policy.build_rows(
+            run.model, trained, run.cfg.tokens_per_micro_batch, run.rank, run.world,
+            lambda group: group | data.prompt(run.train, group["row"]), run.threads.map)
     return update
 
 def backward(run, update, row):
     """Add a row's gradient; returns its sums for the log."""
     cfg = run.cfg
     logprobs, entropy = run.logprobs(run.model, row)
-    old_logprobs = row.setdefault("old_logprobs", logprobs.detach())
+    fresh = row.setdefault("old_logprobs", logprobs.detach())
     advantages, engine_logprobs, mask = (
         row[k].to(logprobs.device) for k in ("advantage", "logprobs", "mask"))
+    old_logprobs = engine_logprobs if cfg.old_logprobs == "engine" else fresh
     token_loss, clipped = objective.policy_loss(
         logprobs, old_logprobs, advantages, mask, cfg.loss,
         cfg.clip_ratio_low, cfg.clip_ratio_high, cfg.clip_ratio_dual)
     if cfg.engine_is_cap:  # truncated importance sampling: the engine's policy drew the tokens
-        ratio = (old_logprobs - engine_logprobs).exp()
-        token_loss = token_loss * ratio.clamp(max=cfg.engine_is_cap)
+        ratio = (fresh - engine_logprobs).exp()  # of which policy_loss has all if old is engine's
+        token_loss = token_loss * ratio.clamp(max=cfg.engine_is_cap) * (old_logprobs - fresh).exp()
         clipped["engine_is"] = ratio > cfg.engine_is_cap
     kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
     weights = row["weight"] * objective.token_weights(
@@ -192,7 +189,7 @@ def train(run, groups):
     updates = [plan_update(run, groups[len(groups) * u // n : len(groups) * (u + 1) // n])
                for u in range(n)]
     passes = {"ref_logprobs": run.reference} if cfg.kl_coef else {}
-    if cfg.updates_per_step > 1:  # a single update's own log-probs are the old ones
+    if cfg.old_logprobs == "trainer" and n > 1:  # a single update's own are the old ones
         passes["old_logprobs"] = run.model
     for key, model in passes.items():
         with common.timed(run.times, key), torch.no_grad():
@@ -238,9 +235,8 @@ def save(run):
 
 def is_over(run):
     """An epoch counts the prompts that were drawn, kept or not."""
-    cfg, state = run.cfg, run.state
-    drawn = not cfg.steps and state["cursor"] >= cfg.epochs * len(run.train.keep)
-    return drawn or state["step"] >= run.last_step
+    drawn = not run.cfg.steps and run.state["cursor"] >= run.cfg.epochs * len(run.train.keep)
+    return drawn or run.state["step"] >= run.last_step
 
 def main():
     try:

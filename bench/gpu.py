@@ -234,7 +234,7 @@ def head(run):
     for name, work in {
             "matmuls only": lambda h, w, t: h @ w.T,
             "full logits": lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(1, t[:, None]),
-            "ours": lambda h, w, t: policy.TokenLogprobs.apply(h, w, t, 1.0, [0])[0]}.items():
+            "ours": lambda h, w, t: policy.token_logprobs(h, w, t, 1.0, [0])[0]}.items():
         found[name] = attempt(run, head_case, work, hidden, weight, targets)
         note(run, f"head, {tokens} x {text.vocab_size}, {name}", found[name])
     times = found["ours"]["seconds"] / found["matmuls only"]["seconds"]

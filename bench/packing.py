@@ -122,14 +122,14 @@ def processed(row):
     """The same of a row, by the shapes of its calls of the attention kernel."""
     calls, length = [], row["input_ids"].numel()
 
-    def kernel(query, key, value, attn_mask=None, is_causal=False, **_):
-        pairs = len(query) * query.shape[2] * key.shape[2]
-        calls.append(pairs / 2 if is_causal else pairs)
+    def kernel(query, key, value, causal_mask, **_):
+        pairs = query.shape[2] * key.shape[2]
+        calls.append(pairs / 2 if query.shape[2] == key.shape[2] else pairs)  # is_causal: half
         return torch.empty_like(query)
 
     x = torch.empty(1, 1, length, 1, device="meta")
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", kernel):
-        policy.packed_attention(None, x, x, x, None, segments=row["segments"])
+        policy.packed_attention(None, x, x, x, None, None, row["segments"])
     return np.array([length, sum(calls)])
 
 
@@ -140,11 +140,9 @@ def shares(prompts, model, median, groups_per_rank):
         sizes = np.clip(median * rng.lognormal(0, SIGMA, GROUP_SIZE), 1, 4096).astype(int)
         groups.append(prompts[i] | {"responses": [
             {"ids": [0] * n, "logprobs": [0.0] * n, "advantage": 1.0} for n in sizes]})
-    ranks = [policy.build_rows(model, policy.deal(groups, rank, RANKS), ROW)
-             for rank in range(RANKS)]
-    most = max(map(len, ranks))  # the others get rows of weight 0, two tokens each
+    ranks = [policy.build_rows(model, groups, ROW, rank, RANKS) for rank in range(RANKS)]
+    most = len(ranks[0])  # on each rank, those of weight 0 included
     useful, real = sum(map(needed, groups)), sum(processed(r) for rows in ranks for r in rows)
-    real[0] += 2 * sum(most - len(rows) for rows in ranks)
     work = [sum(row["input_ids"].numel() for row in rows) for rows in ranks]
     tokens, operations = useful[0] / real[0], (useful @ COST) / (real @ COST)
     balance = max(work) / np.mean(work)

@@ -1,10 +1,10 @@
-"""What to do with the results of eval.py.
+"""The commands compare and overlap of eval.py, and its stage submit.
 
-    python bench/results.py compare RESULTS_A RESULTS_B    # paired, on the items that both have
-    python bench/results.py overlap configs/eval.py --model=... --train=SOURCE    # was it seen?
-    python bench/results.py submit configs/eval.py --model=... [--submit_as=NAME]    # a zip
+    python eval.py compare RESULTS_A RESULTS_B    # paired, on the items that both have
+    python eval.py overlap --model=... --train=SOURCE [--tasks=...]    # was it trained on?
+    python eval.py configs/eval.py --model=... --stages=submit [--submit_as=NAME]    # a zip
 
-overlap and submit take the settings of eval.py, and those with which it was run.
+overlap takes the settings of eval.py, by default those of configs/eval.py.
 """
 
 import hashlib
@@ -90,15 +90,15 @@ def submit(run):
 
 
 def main():
-    command, *args = sys.argv[1:] or ["none"]
-    stages = dict(overlap=overlap, submit=submit)
-    if command == "compare" and len(args) == 2:
+    command, *args = sys.argv[1:]
+    if command == "compare":
+        if len(args) != 2:
+            sys.exit("error: compare two folders of results: eval.py compare RESULTS_A RESULTS_B")
         return compare(*args)
-    if command not in stages:
-        sys.exit(__doc__)
-    evaluation.STAGES[command] = stages[command]
-    evaluation.defaults |= dict(train="", submit_as="")
-    sys.argv[1:] = [*args, f"--stages={command}"]
+    evaluation.STAGES["overlap"] = overlap
+    evaluation.defaults["train"] = ""
+    config = [] if any(not arg.startswith("--") for arg in args) else ["configs/eval.py"]
+    sys.argv[1:] = [*config, *args, "--stages=overlap"]
     evaluation.main()
 
 

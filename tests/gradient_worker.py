@@ -1,10 +1,10 @@
 """Under torchrun: gradients of one update for fixed groups, computed by the trainer's own code.
 
-    gradient_worker.py MODEL OUT '[{"loss": "gspo"}, ...]'
+    gradient_worker.py MODEL OUT '[{"loss": "gspo"}, ...]' ['{"shard_ranks": 2}']
 
-One case for each dict of settings. Beside the trainer's own: old ("noise": an old policy that
-differs, "pass": the trainer's own pass before the update), one_image (only the longest group,
-which rank 0 trains, has any).
+The last are settings with which the model is loaded. One case for each dict of settings. Beside
+the trainer's own: old ("noise": an old policy that differs, "pass": the trainer's own pass before
+the update), one_image (only the longest group, which rank 0 trains, has any).
 Saves for each case {"gradient": {name: tensor}, "sums": what the trainer logs, "rows": number}.
 """
 
@@ -75,19 +75,22 @@ def gradient(model, reference, rank, world, options):
                 row[key], _ = run.logprobs(other, row)
     sums = [train_grpo.backward(run, update, row) for row in update.rows]
     result = {
-        "sums": common.total({k: sum(s[k] for s in sums) for k in sums[0]}),
+        "sums": {k: float(sum(s[k] for s in sum(common.gather(sums), []))) for k in sums[0]},
         "rows": len(update.rows),
-        "gradient": {n: p.grad.full_tensor() for n, p in model.named_parameters()},
+        "gradient": {
+            n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad
+        },
     }
     model.zero_grad()
     return result
 
 def main():
-    path, out, cases = sys.argv[1:]
+    path, out, cases, *settings = sys.argv[1:]
     rank, world, device = common.start()
     data.prompt = lambda groups, slot: groups[slot]  # no file to read images from
-    model = policy.load(tiny_models.settings(path), device)
-    reference = policy.load(tiny_models.settings(path), device, trainable=False)
+    cfg = tiny_models.settings(path, **json.loads(*settings or ["{}"]))
+    model = policy.load(cfg, device)
+    reference = policy.load_reference(cfg, device, model)
     results = [gradient(model, reference, rank, world, case) for case in json.loads(cases)]
     if rank == 0:
         torch.save(results, out)

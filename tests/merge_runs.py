@@ -15,6 +15,8 @@ CASES = {  # kind, tied embeddings, settings of the run
     "untied, frozen vision": ("qwen3_vl", False, {"freeze_vision": True}),
     "qwen2.5": ("qwen2_5_vl", False, {}),
     "experts": ("qwen3_vl_moe", False, {}),
+    "adapter": ("qwen3_vl", True, {"lora_rank": 4}),
+    "adapter, experts": ("qwen3_vl_moe", False, {"lora_rank": 4, "freeze_vision": True}),
 }
 RANKS = 3  # that save everything once more; of 4 experts, the last one of them holds none
 STEP = "checkpoints/step_000100"

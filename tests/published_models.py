@@ -57,8 +57,10 @@ def build(name):
 
 def memory(model, cfg, world):
     """GB on each of `world` GPUs (at rest, in an update), without activations: weights, AdamW's two
-    moments of what is trained and, with cfg.kl_coef, the reference; an update adds gradients."""
+    moments of what is trained and, with cfg.kl_coef, the reference (an adapter's is the model
+    itself); an update adds gradients."""
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    reference = getattr(torch, cfg.dtype).itemsize if cfg.kl_coef else 0
+    copied = cfg.kl_coef and not cfg.lora_rank
+    reference = getattr(torch, cfg.dtype).itemsize if copied else 0
     rest = 2 * gradients + sum(p.nbytes + reference * p.numel() for p in model.parameters())
     return rest / world / 1e9, (rest + gradients) / world / 1e9

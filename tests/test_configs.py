@@ -10,6 +10,7 @@ from ranks import ROOT
 
 import common
 import data
+import policy
 import train_grpo
 
 NAMES = ["2b", "7b", "8b", "30b"]
@@ -37,7 +38,7 @@ def recipe(request, monkeypatch):
     name, header = request.param, header_of(request.param)
     cfg = common.load_config(train_grpo.defaults, [f"configs/{name}.py"])
     model = published_models.build(cfg.model)
-    model.model.visual.requires_grad_(not cfg.freeze_vision)
+    policy.choose_trained(model, cfg)
     gpu = number(r"^# 8 GPUs of (\d+) GB\.", header)
     return SimpleNamespace(
         cfg=cfg, header=header, model=model, gpu=gpu,
@@ -84,6 +85,36 @@ def test_every_phase_fits_the_gpu(recipe):
     assert weights < 0.6 * recipe.engine, "no room for the engine's cache"
 
 
+def test_one_gpu_of_24_gb(monkeypatch):
+    """The adapter's recipe says its arithmetic, too, and both phases fit."""
+    monkeypatch.chdir(ROOT)
+    header = header_of("2b_1gpu")
+    cfg = common.load_config(train_grpo.defaults, ["configs/2b_1gpu.py"])
+    model = published_models.build(cfg.model).bfloat16()
+    policy.choose_trained(model, cfg)
+    rest, update = published_models.memory(model, cfg, 1)
+    engine, other = 24 * cfg.gpu_memory_utilization, 3
+    activations = 0.5 * cfg.tokens_per_micro_batch / 1e3  # MB a token, with checkpointing
+    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    whole = published_models.memory(published_models.build(cfg.model), SimpleNamespace(
+        dtype="bfloat16", kl_coef=cfg.kl_coef, lora_rank=0), 1)[1]
+    assert (
+        f"# {millions:.0f} million weights are trained. GB, calculated: at rest {rest:.1f}, in an "
+        f"update {update:.1f}\n"
+        f"# (~: an estimate; ~{other}: CUDA and the embedder):\n"
+        f"#   sampling: {rest:.1f} + {engine:.1f} engine + ~{other} "
+        f"= ~{rest + engine + other:.0f}\n"
+        f"#   update: {update:.1f} + ~{activations:.0f} activations of "
+        f"{cfg.tokens_per_micro_batch} tokens + ~{other} = ~{update + activations + other:.0f}\n"
+        f"# To train all weights instead, {whole:.0f} GB of them, gradients and moments on the CPU:"
+        f"\n# --lora_rank=0 --freeze_vision=False --offload=True --learning_rate=1e-6\n") in header
+    assert max(rest + engine, update + activations) + other < 0.95 * 24
+    assert 2e-9 * sum(p.numel() for p in model.parameters()) < 0.6 * engine
+    common.check(cfg, 1)
+    # The largest image with template and question, as for the others.
+    assert cfg.max_pixels / 32**2 + 300 + 100 < cfg.max_prompt_tokens
+
+
 @pytest.mark.parametrize("name", published_models.MODELS)
 def test_sizes_of_the_published_models(name):
     billions, _ = published_models.MODELS[name]
@@ -93,7 +124,7 @@ def test_sizes_of_the_published_models(name):
 
 def test_memory_of_the_design():
     """12 and 16 bytes a parameter on 8 GPUs; and why 30b does not fit 8 GPUs of 80 GB."""
-    plain = SimpleNamespace(dtype="bfloat16", kl_coef=0.0)
+    plain = SimpleNamespace(dtype="bfloat16", kl_coef=0.0, lora_rank=0)
     for name, at_rest, update in (("2B", 3.2, 4.3), ("8B", 13.2, 17.5), ("30B-A3B", 46.6, 62.1)):
         model = published_models.build(f"Qwen/Qwen3-VL-{name}-Instruct")
         assert [round(x, 1) for x in published_models.memory(model, plain, 8)] == [at_rest, update]

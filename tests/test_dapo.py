@@ -110,7 +110,7 @@ def test_masked_truncated_responses_count_in_the_mean_but_not_in_the_loss(monkey
     with_its_reward = group["responses"][0]["advantage"]
     assert with_its_reward == pytest.approx(1.1547, abs=1e-3)  # of (1, 0, 0), not of (1, 0)
     packed = []
-    monkeypatch.setattr(train_dapo.policy, "build_rows", lambda _, gs, __: packed.extend(gs))
+    monkeypatch.setattr(train_dapo.policy, "build_rows", lambda _, gs, *__: packed.extend(gs))
     monkeypatch.setattr(train_dapo.data, "prompt", lambda *_: {"images": []})
     run = SimpleNamespace(cfg=cfg, rank=0, world=1, model=None, train=None,
                           threads=ThreadPoolExecutor(1))

@@ -144,10 +144,6 @@ def test_prompt_is_the_real_thing(either, tmp_path, sizes):
                                    atol=1e-5, rtol=0)
 
 
-def test_patches_of_no_image(processor):
-    assert data.patches([], processor).shape == (0, 3 * 2 * 16 * 16)
-
-
 def test_images_share_max_pixels(processor, tmp_path):
     images = [noise(600, 600, i) for i in range(4)]
     loaded = load(parquet(tmp_path / "a.parquet", [row(*images)]), processor, min_pixels=400 * 400)

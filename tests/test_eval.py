@@ -22,9 +22,6 @@ from ranks import ROOT, torchrun
 import common
 import eval as evaluation
 
-sys.path.append(str(ROOT / "bench"))
-import results
-
 SHARED = ROOT.parent / "shared" / "data"
 FILES = ("responses.jsonl", "judgements.jsonl", "scores.json", "scores.md")
 TINY = {"prompt_template": "{question}", "max_prompt_tokens": 2000, "max_response_tokens": 24,
@@ -66,15 +63,14 @@ def arguments(sources, **more):
 def run(process_group, monkeypatch, tmp_path):
     """Evaluate in this process -> the results' folder, and the exit's message or None."""
     def call(*args):
-        script = results if args[0] in ("compare", "overlap", "submit") else evaluation
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
-        monkeypatch.setattr(evaluation, "STAGES", dict(evaluation.STAGES))  # results adds to them
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        monkeypatch.setattr(evaluation, "STAGES", dict(evaluation.STAGES))  # overlap is added
         monkeypatch.setattr(evaluation, "defaults", dict(evaluation.defaults))
         monkeypatch.setattr(common, "start", lambda: (0, 1, torch.device("cpu")))
         monkeypatch.chdir(ROOT)
         before, said = {*tmp_path.glob("out/*/")}, None
         try:
-            script.main()
+            evaluation.main()
         except SystemExit as error:
             said = str(error)
         folders = sorted(tmp_path.glob("out/*/"), key=lambda f: (f not in before,
@@ -141,7 +137,9 @@ def test_files_and_fields(run, sources):
     assert result["protocol"].startswith("not as published")
     pictures = [*(folder / "images").iterdir()]
     assert len(pictures) == 3 and all(p.name.startswith("phantom_") for p in pictures)
-    assert {*folder.iterdir()} == {folder / n for n in (*FILES, "config.json", "images")}
+    [packed] = folder.glob("*_model_submission.zip")
+    assert {*folder.iterdir()} - {packed} == {
+        folder / n for n in (*FILES, "config.json", "images")}
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float32" and "torch" in config["versions"]
 
@@ -401,13 +399,13 @@ def test_reports_are_rated(run, sources, talking_judge, tmp_path, start):
     args = arguments([*sources, "--tasks=mimic_cxr_report_summarization"], judge="http",
                      judge_url=talking_judge)
     folder, said = run(*args)
-    run("submit", *args, "--submit_as=org/My-Model.1")
+    run(*args, "--stages=submit", "--submit_as=org/My-Model.1")
     assert said is None
     judged = [r for r in lines(folder, "judgements") if r["prompt"]]
     assert {r["verdict"] for r in judged} <= {4.0} and "0 to 5" in judged[0]["prompt"]
     items = scores(folder)["items"]
     assert {items[r["id"]] for r in judged} == {0.8}
-    with zipfile.ZipFile(next(folder.glob("*.zip"))) as file:
+    with zipfile.ZipFile(next(folder.glob("*_My_Model_1_*.zip"))) as file:
         marks = [json.loads(x)["evaluation"]["score"]
                  for x in file.read("My_Model_1/My_Model_1_eval.jsonl").splitlines()]
     assert marks == [5 * x for x in items.values()]
@@ -541,7 +539,7 @@ def test_real_images(run, sources, tmp_path):
 
 def test_submission(run, sources):
     folder, _ = run(*arguments(sources))
-    run("submit", *arguments(sources, submit_as="MBZUAI/MediX-R1.5-2B"))
+    run(*arguments(sources, stages="submit", submit_as="MBZUAI/MediX-R1.5-2B"))
     with zipfile.ZipFile(folder / "03ff1f76_MediX_R1_5_2B_submission.zip") as file:
         name = "MediX_R1_5_2B"
         assert file.namelist() == [f"{name}/{name}{end}" for end in (
@@ -594,7 +592,7 @@ def test_submission_of_mmmu(mmmu, run):
         common.write_lines(folder / "responses.jsonl", [
             r | {"response": "B" if r["task"] == "text" else texts[r["row"] % 4]} for r in records])
         assert run(*args)[1] is None
-    run("submit", *args, "--submit_as=MBZUAI/MediX-R1.5-2B")
+    run(*args, "--stages=submit", "--submit_as=MBZUAI/MediX-R1.5-2B")
     with zipfile.ZipFile(folder / "03ff1f76_MediX_R1_5_2B_submission.zip") as file:
         files = {name: file.read(name).decode() for name in file.namelist()}
     ours, theirs = "MediX_R1_5_2B/MediX_R1_5_2B", "MediX-R1.5-2B-MMMU-Medical-val"

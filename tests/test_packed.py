@@ -1,12 +1,10 @@
 """Packed rows give the log-probs and gradients of one response at a time, on real architectures."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import tiny_models
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AttentionInterface, AutoModelForImageTextToText
 
 import data
 import policy
@@ -50,6 +48,13 @@ def alone(plain, processor, group, response):
     return predicted.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
+def dense_attention(module, query, key, value, attention_mask, scaling, segments, **_):
+    mask = tiny_models.dense_mask(segments)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
 def weigh(logprobs):
     return (logprobs * torch.linspace(1, 2, len(logprobs))).sum()  # no two tokens count the same
 
@@ -65,10 +70,8 @@ def test_equals_one_response_at_a_time(case, dense, tokens_per_row, monkeypatch)
     seen = set()
     for row in rows:
         with monkeypatch.context() as patched:
-            if dense:  # the same row by one big mask and transformers' own sdpa
-                mask = tiny_models.dense_mask(row["segments"])
-                patched.setattr(model, "forward", partial(model.forward, attention_mask=mask))
-                row = row | {"segments": None}
+            if dense:  # the same row by one big mask
+                patched.setitem(AttentionInterface._global_mapping, "packed", dense_attention)
             logprobs, _ = policy.logprobs(
                 model, row, data.patches(row["images"], processor), TEMPERATURE, tiny_models.BANNED
             )
@@ -88,7 +91,7 @@ def test_equals_one_response_at_a_time(case, dense, tokens_per_row, monkeypatch)
 
 def test_entropy_is_that_of_the_sampling_distribution(process_group):
     hidden, head = torch.randn(5, 8), torch.randn(20, 8)
-    _, entropy = policy.TokenLogprobs.apply(hidden, head, torch.arange(6, 11), 0.5, [1, 2])
+    _, entropy = policy.token_logprobs(hidden, head, torch.arange(6, 11), 0.5, [1, 2])
     logits = hidden @ head.T / 0.5
     logits[:, [1, 2]] = -torch.inf
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
@@ -97,10 +100,10 @@ def test_entropy_is_that_of_the_sampling_distribution(process_group):
 def test_chunks_of_logits_change_nothing(monkeypatch):
     hidden, head = torch.randn(7, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     targets = torch.arange(7) + 3
-    whole, _ = policy.TokenLogprobs.apply(hidden, head, targets, 0.5, [1])
+    whole, _ = policy.token_logprobs(hidden, head, targets, 0.5, [1])
     expected = torch.autograd.grad(weigh(whole), [hidden, head])
     monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 40)  # two positions at a time
-    chunked, _ = policy.TokenLogprobs.apply(hidden, head, targets, 0.5, [1])
+    chunked, _ = policy.token_logprobs(hidden, head, targets, 0.5, [1])
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(torch.autograd.grad(weigh(chunked), [hidden, head]), expected)
 
@@ -126,7 +129,38 @@ def test_a_response_that_fits_no_row_is_refused(case):
         policy.build_rows(model, groups, 20)
 
 
-def test_first_fit_fills_rows_across_groups(case):
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_share_the_work(case, world):
+    """Each response once, rows of about the same size, as many on each rank, images of its own."""
+    model, _, groups, _, _ = case
+    groups = [g | {"name": i, "responses": [r | {"name": (i, j)} for j, r in enumerate(
+        g["responses"])]} for i, g in enumerate(groups * 4)]
+    loaded, members, sizes, counts = [], [], [], set()
+    for rank in range(world):
+        mine = []
+        rows = policy.build_rows(model, [g | {"images": None} for g in groups], 150, rank, world,
+                                 lambda g, mine=mine: mine.append(g["name"]) or groups[g["name"]])
+        members += [m["name"] for row in rows if row["weight"] for m in row["members"]]
+        sizes += [row["input_ids"].numel() for row in rows if row["weight"]]
+        counts.add(len(rows))
+        loaded.append({*mine})
+    assert len(counts) == 1 and max(sizes) <= 150
+    assert sorted(members) == sorted(r["name"] for g in groups for r in g["responses"])
+    if world < 8:
+        assert min(sizes) > 0.6 * max(sizes)
+    for one in loaded:
+        assert world == 1 or len(one) < len(groups)
+
+
+def test_a_rank_without_work_has_rows_of_weight_0(case):
+    model, _, groups, _, _ = case
+    [row] = policy.build_rows(model, groups[:1], 1000, rank=1, world=2)
+    assert row["weight"] == 0.0 and row["input_ids"].numel() > 1
+    [row] = policy.build_rows(model, groups[:1], 1000, rank=0, world=2)
+    assert row["weight"] == 1.0
+
+
+def test_rows_are_filled_across_groups(case):
     model, _, groups, _, _ = case
     rows = policy.build_rows(model, groups * 4, 1000)
     tokens = [r["input_ids"].shape[1] for r in rows]
@@ -162,3 +196,51 @@ def test_patches_of_two_images_do_not_mix(case):
             )[0]
 
     assert (score(group) - score(same_size)).abs().max() > 1e-3
+
+
+def varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """varlen_attn's contract, sequence by sequence: (T, heads, D) each, causal mask aligned to the
+    bottom right."""
+    assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+    assert (int(cu_q.diff().max()), int(cu_k.diff().max())) == (max_q, max_k)
+    assert (int(cu_q[-1]), int(cu_k[-1])) == (len(q), len(k)) and q.shape[1] == k.shape[1]
+    out = []
+    for i in range(len(cu_q) - 1):
+        one, two, three = q[cu_q[i]:cu_q[i + 1]], k[cu_k[i]:cu_k[i + 1]], v[cu_k[i]:cu_k[i + 1]]
+        scores = torch.einsum("qhd,khd->hqk", one, two) * scale
+        causal = torch.ones(len(one), len(two), dtype=torch.bool).tril(len(two) - len(one))
+        weights = scores.masked_fill(~causal, -1e30).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, three))
+    return torch.cat(out)
+
+
+def test_one_call_of_flash_attention_equals_the_dense_mask(monkeypatch):
+    """What a GPU computes, with the kernel's contract in PyTorch: sequences, starts, heads."""
+    torch.manual_seed(0)
+    segments = [(5, [3, 1, 4]), (1, []), (2, [6])]
+    tensors = [torch.randn(1, heads, 22, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+    def result(attention):
+        out, _ = attention(None, *tensors, None, scaling=0.3, segments=segments)
+        return out, *torch.autograd.grad((out * torch.arange(8)).sum(), tensors)
+
+    expected = result(dense_attention)
+    by_sequence = result(policy.packed_attention)
+    called = []
+    monkeypatch.setattr(policy, "FLASH", {("cpu", torch.float32)})
+    monkeypatch.setattr(policy, "varlen_attn",
+                        lambda *a, **k: called.append(a) or varlen_reference(*a, **k))
+    for got in (by_sequence, result(policy.packed_attention)):
+        for ours, theirs in zip(got, expected):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len(called) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+def test_flash_attention_on_a_gpu_equals_the_dense_mask():
+    segments = [(50, [30, 10, 40]), (1, []), (20, [60])]
+    q, k, v = (torch.randn(1, heads, 211, 64) for heads in (4, 2, 2))
+    exact, _ = dense_attention(None, q, k, v, None, 0.125, segments)
+    flash, _ = policy.packed_attention(None, *(x.bfloat16().cuda() for x in (q, k, v)), None,
+                                       0.125, segments)
+    torch.testing.assert_close(flash.float().cpu(), exact, atol=0.03, rtol=0.03)

@@ -151,7 +151,7 @@ def test_a_copy_of_the_script_without_its_settings_says_which(tmp_path):
     done = subprocess.run([sys.executable, "tiny.py", "--rows", "32", "--iterations", "1"],
                           cwd=tmp_path, text=True, capture_output=True, timeout=120)
     assert done.returncode == 1 and "No such file or directory" in done.stderr
-    assert f"{tmp_path}/configs/tiny_model" in done.stderr
+    assert f"{tmp_path}/configs/phantoms.json" in done.stderr
     assert not (tmp_path / "out/tiny_start/done.json").exists()
 
 

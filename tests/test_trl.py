@@ -166,17 +166,26 @@ def judged(question, truth, answer):
     return "YES" if answer[0].lower() == truth[0].lower() else "NO"
 
 
+def write_defaults(folder, url):
+    """A copy of configs/defaults.py with another judge, as a user changes it."""
+    folder.mkdir(exist_ok=True)
+    text = (ROOT / "configs/defaults.py").read_text()
+    lines = [f"{k} = {v!r}\n" for k, v in {**SETTINGS, "judge_url": url}.items()]
+    (folder / "defaults.py").write_text(text + "".join(lines))
+
+
 @pytest.fixture(scope="module")
 def training(start, tmp_path_factory):
     """Two steps of TRL with the README's reward function; the judge's server dies after the first.
     For each step: what the function was given and gave, and what TRL made of that."""
     steps, calls = [], []
-    with contextlib.ExitStack() as life, pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as life:
         server = life.enter_context(judge(rule=judged))
-        for name, value in {**SETTINGS, "judge_url": server.url}.items():
-            patch.setitem(common.defaults, name, value)
-        pasted = {}
-        exec(snippet("def medical_reward"), pasted)
+        folder, pasted = tmp_path_factory.mktemp("pasted"), {}
+        write_defaults(folder / "configs", server.url)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            exec(snippet("def medical_reward"), pasted)
 
         @functools.wraps(pasted["medical_reward"])  # TRL logs it under its name
         def watched(**given):
@@ -198,7 +207,8 @@ def training(start, tmp_path_factory):
         before = [w.detach().clone() for w in trainer.model.parameters()]
         trainer.train()
         again = life.enter_context(judge(rule=judged))
-        scorer = reward.load(SimpleNamespace(**{**common.defaults, "judge_url": again.url}))
+        settings = {**common.defaults, **SETTINGS, "judge_url": again.url}
+        scorer = reward.load(SimpleNamespace(**settings))
         for step in steps:  # one response at a time
             columns = (step.given[k] for k in ("problem", "solution", "completions"))
             step.ours = [reward.score(scorer, question, truth, [message["content"]])[0]
@@ -292,10 +302,8 @@ def test_easyr1_gets_our_rewards_or_an_error(tmp_path):
     with judge(rule=judged) as server:
         server.script = lambda request: "503" if request.answer == "unheard of" else "ok"
         settings = {**SETTINGS, "judge_url": server.url}
-        for name in ("reward.py", "common.py"):
-            shutil.copy(ROOT / name, tmp_path)
-        with (tmp_path / "common.py").open("a") as copy:
-            copy.write(f"defaults |= {settings!r}\n")
+        shutil.copy(ROOT / "reward.py", tmp_path)
+        write_defaults(tmp_path, server.url)
         (tmp_path / "pasted.py").write_text(snippet("def compute_score"))
         run = subprocess.run(
             [sys.executable, "-I", "-c", EASYR1, tmp_path / "pasted.py"], cwd="/", text=True,

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from data_fixtures import write_processor
 from ranks import torchrun
+from test_nodes import nodes
 from test_train import (
     arguments,
     metrics,
@@ -75,6 +76,13 @@ def test_log_probs_are_the_trainers_after_updates(case, tmp_path):
     assert found["reasons"] == ["length", "stop"] and found["ends"]
 
 
+def test_log_probs_are_the_trainers_with_an_adapter(tmp_path):
+    """What vLLM gets is one plain model: it knows nothing of the adapter that is trained."""
+    found = side_by_side(tmp_path, "qwen3_vl", True, 1, "gap", lora_rank=4)
+    assert found["before"] < 1e-4 and found["after"] < 1e-4
+    assert found["not sent"] > 1e-1, "this would pass without a sync"
+
+
 def test_each_trap_is_real(tmp_path):
     """Where a cure of rollout.py is left out, it shows: else these cures would be untested."""
     found = side_by_side(tmp_path, "qwen3_vl", True, 1, "gap", "traps")
@@ -116,6 +124,17 @@ def test_two_ranks_of_one_engine_train_the_same_responses(whole, start, tmp_path
     run, settings = whole
     settings = settings | {"tensor_parallel": 2, "steps": 1}
     torchrun(2, *arguments(start, tmp_path / "run", **settings), env=ENV)
+    assert texts(tmp_path / "run") == texts(run)
+    ours, theirs = metrics(tmp_path / "run")[1], metrics(run)[1]
+    for name in ("reward/overall", "loss/policy", "grad_norm", "entropy"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
+def test_engines_stay_within_their_node(whole, start, tmp_path):
+    """Two agents of two ranks each: an engine for both ranks of a node, one training over all."""
+    run, settings = whole
+    command = arguments(start, tmp_path / "run", **settings | {"tensor_parallel": 2, "steps": 1})
+    nodes(command, command, ranks=2, env=ENV)
     assert texts(tmp_path / "run") == texts(run)
     ours, theirs = metrics(tmp_path / "run")[1], metrics(run)[1]
     for name in ("reward/overall", "loss/policy", "grad_norm", "entropy"):

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/vllm_worker.py MODEL KIND RANKS ENGINE_ARGS OUT.json CHECK...
 
-RANKS share one engine (tensor parallel)."""
+RANKS share one engine (tensor parallel). ENGINE_ARGS may also have a lora_rank."""
 
 import json
 import os
@@ -127,10 +127,11 @@ def check_traps(model, optimizer, engine, prompts):
 
 def main():
     path, kind, size, args, out, *checks = sys.argv[1:]
-    device = common.start()[2]
+    device, args = common.start()[2], json.loads(args)
     cfg = settings(path, engine="vllm", tensor_parallel=int(size), gpu_memory_utilization=0.2,
+                   lora_rank=args.pop("lora_rank", 0),
                    max_prompt_tokens=400, max_response_tokens=112, max_pixels=512 * 512,
-                   engine_args={"enforce_eager": True} | json.loads(args))
+                   engine_args={"enforce_eager": True} | args)
     model = policy.load(cfg, device)
     optimizer = policy.adamw(model, 1e-2, 0.999, 0.0)  # a forward would leave whole weights behind
     pixels = partial(data.patches, processor=processor(kind), device=device)
