@@ -25,7 +25,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not vllm"
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q -m vllm
+	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile -m vllm
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -88,7 +88,6 @@ def load_reference(cfg, device, model):
     """The starting model, frozen, for a KL term: a copy or, with LoRA, model less its adapter."""
     if not cfg.lora_rank:
         return load(cfg, device, trainable=False)
-
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
     def forward(*row):  # peft's own switch also changes requires_grad, of some of FSDP's tensors
@@ -223,7 +222,7 @@ def token_logprobs(hidden, weight, targets, temperature, banned):
         return logits.gather(1, targets[:, None])[:, 0] - logz, entropy
 
     size = max(1, CHUNK_ELEMENTS // len(weight))
-    chunks = [checkpoint(of_chunk, *chunk, use_reentrant=False)
+    chunks = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
               for chunk in zip(hidden.split(size), targets.split(size))]
     return tuple(torch.cat(x) for x in zip(*chunks))
 

@@ -42,7 +42,7 @@ def logprobs(path, kind, out):
 
 def run(checkpoint, out):
     merge.main(Namespace(checkpoint=checkpoint, out=out, dtype="float32", push_to_hub=None,
-                         public=False, force=False))
+                         adapter=False, public=False, force=False))
 
 
 def rewrite(folder, change):

@@ -328,6 +328,10 @@ def test_a_weight_that_no_model_has_is_named(run):
     assert "('model.adapter.a', 2, 3)" in only
 
 
+def test_a_run_without_an_adapter_has_none_to_write(run):
+    assert "lora_rank was 0" in refused(run, adapter=True)
+
+
 def test_nothing_is_overwritten_without_force(run):
     out = merged(run)
     (out / "model.safetensors").write_bytes(b"mine")

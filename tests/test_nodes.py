@@ -37,12 +37,12 @@ SETTINGS = dict(steps=3, kl_coef=0.01, keep_checkpoints=9)
 def one_node(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_node")
     data = small_data(start, folder, 10)
-    torchrun(2, *arguments(start, folder / "run", train_data=data, **SETTINGS))
-    return folder / "run", data
+    run = torchrun(2, *arguments(start, folder / "run", train_data=data, **SETTINGS))
+    return folder / "run", data, run.stdout
 
 
 def test_sharded_over_both_nodes_it_is_the_same_run_bit_for_bit(one_node, start, tmp_path):
-    whole, data = one_node
+    whole, data, _ = one_node
     command = arguments(start, tmp_path / "run", train_data=data, shard_ranks=2, **SETTINGS)
     nodes(command, command)
     assert metrics(tmp_path / "run") == metrics(whole)
@@ -51,11 +51,10 @@ def test_sharded_over_both_nodes_it_is_the_same_run_bit_for_bit(one_node, start,
 
 
 def test_by_default_each_node_holds_the_model(one_node, start, tmp_path):
-    """Replicas, whose gradients are averaged; what they save is one model, and goes on anywhere."""
-    whole, data = one_node
+    """Replicas, whose gradients are averaged; what they save is one model."""
+    whole, data, both = one_node
     command = arguments(start, tmp_path / "run", train_data=data, **SETTINGS)
     said = nodes(command, command)[0][0]
-    both = torchrun(2, *command[:-1], "--steps=3").stdout
     assert float(said.partition("GB per rank: ")[2].split()[0]) == pytest.approx(
         2 * float(both.partition("GB per rank: ")[2].split()[0]), rel=0.05)
     assert texts(tmp_path / "run", "step_000003") == texts(whole, "step_000003")

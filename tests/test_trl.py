@@ -13,21 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from judge_server import judge
 from ranks import ROOT
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLProcessor, TrainerCallback
-from trl.trainer.utils import (
-    split_pixel_values_by_grid,
-    split_tensor_dict,
-    unsplit_pixel_values_by_grid,
-)
 
 import common
 import loss
 import reward
 
+trl = pytest.importorskip("trl", reason="TRL is not installed: make test")
 PROMPTS, GROUP = 6, 4  # a step's questions, and responses to each
 # The settings of the README's snippets that a test has to have otherwise: no download, no patience.
 SETTINGS = {"embedder": "ngram", "judge_check": False, "judge_args": {}, "judge_timeout_s": 2.0,
@@ -145,9 +140,10 @@ def test_loss_and_gradient_are_trls(start, tmp_path, batch, kind, loss_mean, set
         start, tmp_path, length_reward, gradient_accumulation_steps=micro_batches,
         per_device_train_batch_size=PROMPTS * GROUP // micro_batches, beta=beta, delta=delta,
         epsilon=low, epsilon_high=high + cispo, use_bias_correction_kl=False, **settings)
-    parts = split_tensor_dict(split_pixel_values_by_grid(batch), micro_batches)
+    utils = trl.trainer.utils
+    parts = utils.split_tensor_dict(utils.split_pixel_values_by_grid(batch), micro_batches)
     tokens, hit = batch["completion_mask"].sum(), set()
-    for inputs in map(unsplit_pixel_values_by_grid, parts):
+    for inputs in map(utils.unsplit_pixel_values_by_grid, parts):
         logprobs, *theirs = loss_of(trainer, inputs)
         *ours, clipped = our_loss(
             logprobs, inputs, kind, loss_mean, tokens, PROMPTS * GROUP, beta, clip_ratio_low=low,
