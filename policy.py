@@ -109,7 +109,7 @@ def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=ma
     for group in groups:
         for i, response in enumerate(group["responses"]):
             if i == 0 or pieces[-1][0] + len(response["ids"]) > tokens_per_row:
-                pieces.append([len(group["ids"]) + (not group["grid"]), group, []])
+                pieces.append([len(group["ids"]), group, []])
             pieces[-1][0] += len(response["ids"])
             pieces[-1][2].append(response)
     pieces.sort(key=lambda piece: -piece[0])
@@ -139,7 +139,7 @@ def _tensors(model, pieces):
     config, merge = model.config, model.config.vision_config.spatial_merge_size
     if not any(group["images"] for group, _ in pieces):
         # The vision tower runs on every row, or FSDP's collectives would not line up: on an image
-        # of one token, to which nothing attends.
+        # of one token more, to which nothing attends.
         side = merge * config.vision_config.patch_size
         pieces = [*pieces, ({"ids": [config.image_token_id], "grid": [(1, merge, merge)],
                              "images": [np.zeros((side, side, 3), np.uint8)]}, [])]
