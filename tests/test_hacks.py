@@ -242,8 +242,13 @@ def test_normalise(text):
     assert reward.normalise(f" \t{text}\n . .") == folded
 
 
+HEADS = st.sampled_from(["", "<None>", "<x_ray>", "< X_RAY>", "<X_RAY", "X_RAY>", "<<X_RAY>>",
+                         "a <X_RAY>", *(f"<{tag}>" for tag in reward.TAGS)])
+TAILS = st.sampled_from(["", ".", " . .", "\n", ">", "left lung"]) | TEXTS
+
+
 @many
-@given(TEXTS | SHAPED.map(lambda s: f"{s[0]}<{s[1]}>{s[3]}"))
+@given(st.tuples(SPACES, HEADS, SPACES, TAILS).map("".join))
 def test_split_solution(solution):
     """A tag and an answer, or ValueError: nothing else."""
     start = re.match(rf"\s*<({'|'.join(reward.TAGS)})>", solution)
