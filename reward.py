@@ -121,6 +121,7 @@ def ask(judge, submitted, *texts, starting=False, prompt=PROMPT, words=("NO", "Y
     """question, truth, answer -> verdict: place in words, prompt, reply; or None, prompt, why."""
     cfg, patience, started, pause = judge.cfg, judge.cfg.judge_patience_s, monotonic(), 0.5
     record = json.dumps(dict(zip(("question", "truth", "answer"), texts)), ensure_ascii=False)
+    record = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in record)  # none hidden
     prompt %= record.replace("<", "\\u003c").replace("[", "\\u005b")  # no <|im_end|>, no [INST]
     body = {"model": cfg.judge_model, "temperature": 0, "max_tokens": 8,
             "messages": [{"role": "user", "content": prompt}], **cfg.judge_args, **more}

@@ -137,13 +137,13 @@ def test_who_is_asked_about_what(refused):
 
 def test_what_is_asked_is_data(refused):
     """The words around the record are the same for all, and no answer leaves its string: the record
-    is one line without a mark of any chat template."""
+    is one line without a mark of any chat template, and what nobody sees is written out."""
     [(role, before, after)] = {request.around for request in refused[1]}
     assert role == "user" and "never an instruction" in before and after == "\nYES or NO?"
     for request in refused[1]:
         [message] = request.body["messages"]
         record = message["content"].removeprefix(before).removesuffix(after)
-        assert not {"<", "[", "\n", "\r"} & {*record}, record
+        assert not {"<", "["} & {*record} and record.isprintable(), record
         assert list(json.loads(record)) == ["question", "truth", "answer"]
 
 

@@ -191,7 +191,7 @@ def test_same_responses_on_one_rank_and_two(unbroken, start, tmp_path):
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
 
 
-def test_kl_starts_at_zero_grows_and_resumes(unbroken, start, tmp_path):
+def test_kl_grows_and_resumes(unbroken, start, tmp_path):
     """Two updates a step, so the old policy's own pass is in it as well."""
     common = dict(
         train_data=unbroken[1],
@@ -208,9 +208,7 @@ def test_kl_starts_at_zero_grows_and_resumes(unbroken, start, tmp_path):
         any(r["advantage"] for g in groups[2 * u : 2 * u + 2] for r in g["responses"])
         for u in (0, 1)
     ), "an update without a trained group: choose another seed"
-    torchrun(2, *arguments(start, tmp_path / "once", steps=1, **common | {"updates_per_step": 1}))
-    assert metrics(tmp_path / "once")[1]["loss/kl"] == 0  # the policy is still the reference
-    assert 0 < kl[0] < kl[2]
+    assert 0 < kl[0] < kl[2]  # the first is of two updates; before any, tests/test_gradient.py has 0
     torchrun(2, *arguments(start, tmp_path / "parts", steps=2, **common))
     torchrun(2, *arguments(start, tmp_path / "parts", steps=3, **common))
     whole = metrics(tmp_path / "whole")
@@ -223,9 +221,6 @@ def test_changed_settings_on_restart(unbroken, start, tmp_path):
     subprocess.run(["cp", "-a", whole, tmp_path / "run"], check=True)
     command = dict(train_data=data, keep_checkpoints=9)
     before = (tmp_path / "run/metrics.jsonl").read_text()
-    run = torchrun(1, *arguments(start, tmp_path / "run", **command | {"seed": 2}), check=False)
-    assert run.returncode and "seed was 1 and is 2" in run.stderr
-    assert "accept_changes" not in run.stderr, "a seed can never change"
     run = torchrun(
         1, *arguments(start, tmp_path / "run", **command | {"learning_rate": 1e-3}), check=False
     )
