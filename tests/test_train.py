@@ -208,7 +208,7 @@ def test_kl_grows_and_resumes(unbroken, start, tmp_path):
         any(r["advantage"] for g in groups[2 * u : 2 * u + 2] for r in g["responses"])
         for u in (0, 1)
     ), "an update without a trained group: choose another seed"
-    assert 0 < kl[0] < kl[2]  # the first is of two updates; before any, tests/test_gradient.py has 0
+    assert 0 < kl[0] < kl[2]  # of two updates each; before any, test_gradient.py has 0
     torchrun(2, *arguments(start, tmp_path / "parts", steps=2, **common))
     torchrun(2, *arguments(start, tmp_path / "parts", steps=3, **common))
     whole = metrics(tmp_path / "whole")
