@@ -5,11 +5,11 @@ import datetime
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
-import resource
 import runpy
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,23 +20,8 @@ import torch
 import torch.distributed as dist
 
 defaults = runpy.run_path(f"{Path(__file__).parent}/configs/defaults.py")
+RULES, FIXED, FREE = (defaults[name] for name in ("_rules", "_fixed", "_free"))
 defaults = {k: v for k, v in defaults.items() if k[0] != "_"}
-# A restart may change FREE settings, never FIXED ones, others with accept_changes=True.
-FIXED = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
-    max_response_tokens min_pixels max_pixels prompt_template freeze_vision lora_rank""".split())
-FREE = set("""out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes
-    judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
-    engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
-    activation_checkpointing offload shard_ranks""".split())
-RULES = """keep_checkpoints > 0; tensor_parallel > 0; judge_timeout_s > 0; steps + epochs > 0
-    tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens; updates_per_step > 0
-    engine == 'vllm' or tensor_parallel == 1 and not engine_args; loss_mean in ('token', 'sequence')
-    overlong_buffer_tokens <= max_response_tokens; keep in ('correctness', 'reward', 'medix')
-    prompts_per_step % updates_per_step == 0; old_logprobs in ('trainer', 'engine'); temperature > 0
-    node_ranks % tensor_parallel == 0; loss in ('grpo', 'gspo', 'cispo'); prompts_per_step >= ranks
-    model and train_data and val_data; dtype in ('bfloat16', 'float32'); engine in ('vllm', 'torch')
-    ranks % (shard_ranks or 1) == 0; max_response_tokens > 0; log in ('', 'wandb'); save_every > 0
-    validate_every > 0; learning_rate > 0; max_grad_norm > 0; max_rounds > 0; group_size > 1"""
 
 class Stop(Exception):
     """The run must end, all ranks at once and before an update: save the last finished step."""
@@ -52,10 +37,7 @@ def load_config(defaults, argv):
                     value = ast.literal_eval(value)
             given = {name: value}
         else:
-            try:
-                given = {k: v for k, v in runpy.run_path(arg).items() if k[0] != "_"}
-            except Exception as error:  # whatever Python says of it
-                raise ValueError(f"config file {arg} cannot be read: {error!r}") from error
+            given = {k: v for k, v in runpy.run_path(arg).items() if k[0] != "_"}
         for name, value in given.items():
             if name not in defaults:
                 nearest = difflib.get_close_matches(name, defaults, 1, 0)[0]
@@ -69,12 +51,11 @@ def load_config(defaults, argv):
 
 def check(cfg, ranks):
     """Raise ValueError for settings that cannot work, before anything is loaded."""
-    settings = {**vars(cfg), "ranks": ranks}
-    settings["node_ranks"] = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    for name, value in settings.items():
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    for name, value in (settings := {**vars(cfg), "ranks": ranks, "node_ranks": node}).items():
         if type(value) in (int, float) and value < 0:
             raise ValueError(f"{name}={value} must not be below 0")
-    for rule in re.split(r"[;\n] *", RULES):  # some are about settings of train_dapo.py only
+    for rule in RULES:  # some are about settings of train_dapo.py only
         if rule.split()[0] in settings and not eval(rule, {}, settings):  # our text, no user's
             given = [f"{k}={settings[k]!r}" for k in re.findall(r"[a-z_]+", rule) if k in settings]
             raise ValueError(f"{', '.join(given)}: it must be that {rule}")
@@ -82,10 +63,13 @@ def check(cfg, ranks):
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
     time.sleep(10 if int(os.environ.get("RANK", 0)) else 0)
-    raise SystemExit(f"error: {' '.join(str(error).split())}")
+    advice = ": what is saved is whole; mend this and start again" * isinstance(error, OSError)
+    raise SystemExit(f"error: {' '.join(str(error).split())}{advice}")
 
-def start():
+def start(signals=None):
     """Join torchrun's process group, or make one of this process; returns rank, world, device."""
+    if signals is not None:  # SIGTERM ends nothing: check_goes_on() takes notice of it
+        signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and ranks > gpus:
         raise ValueError(f"{ranks} ranks, {gpus} GPUs: run torchrun with --nproc_per_node {gpus}")
@@ -115,7 +99,10 @@ def print_arithmetic(run):
     mine = [(p.to_local(), p.requires_grad) for model in models for p in model.parameters()]
     held, trained = sum(x.nbytes for x, _ in mine), sum(x.numel() for x, on in mine if on)
     rest, most = ((held + b * trained) / 1e9 for b in (8, 12))  # AdamW's moments; gradients
-    print(f"GB per rank: {rest:.3g} at rest, {most:.3g} in updates", flush=True)
+    size = 12e-9 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    n, free = cfg.keep_checkpoints + 2, shutil.disk_usage(cfg.out_dir).free / 1e9  # best, next
+    print(f"GB per rank: {rest:.3g} at rest, {most:.3g} in updates\nGB on disk: {size:.3g} a checkp"
+          f"oint, up to {n} at once, {free:.3g} free{'' if n * size < free else ': TOO LITTLE'}")
 
 def gather(value):
     """Every rank's value, in rank order."""
@@ -135,15 +122,15 @@ def timed(times, name):
         torch.cuda.synchronize()
     times[name] = times.get(name, 0.0) + time.perf_counter() - begin
 
-def open_run(config, train_rows):
+def open_run(config, train_rows, checkpoint):
     """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
-    `latest` checkpoint, which is returned (or None). ValueError: settings changed that may not."""
+    checkpoint, a Path or None. ValueError: settings changed that may not."""
     out, script = Path(config.out_dir), Path(sys.argv[0]).name
     config = {**vars(config), "script": script, "train_rows": train_rows, "changes": []}
-    latest, step = (out / "checkpoints/latest").resolve(), -1
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
-    if latest.exists():
-        old, step = json.loads((out / "config.json").read_text()), int(latest.name[-6:])
+    step = int(checkpoint.name[-6:]) if checkpoint else -1
+    if checkpoint:
+        old = json.loads((out / "config.json").read_text())
         new = {k for k in {*old} - {"changes"} if config.get(k, old[k]) != old[k]}
         change = ", ".join(f"{k} was {old[k]!r} and is {config[k]!r}" for k in sorted(new))
         if new & FIXED or not (config["accept_changes"] or new <= FREE):
@@ -151,7 +138,8 @@ def open_run(config, train_rows):
                              f"dir{'' if new & FIXED else ', or add --accept_changes=True'}")
         print(f"continuing {out} after step {step}, changed: {change or 'nothing'}")
         config["changes"] = old["changes"] + [{"after_step": step, "change": change}] * bool(new)
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    (out / "config.new").write_text(json.dumps(config, indent=1))  # a full disk costs no old one
+    (out / "config.new").rename(out / "config.json")
     with open(out / "metrics.jsonl", "a+b") as f:  # which ends in what no checkpoint holds
         f.seek(0)
         f.truncate(sum(len(x) for x in f if x[-2:] == b"}\n" and json.loads(x)["step"] <= step))
@@ -159,28 +147,29 @@ def open_run(config, train_rows):
         import wandb
         wandb.init(project="nanomedix", name=str(out), dir=out, config=config, resume="allow",
                    id=f"{seed_of(os.path.abspath(out)):x}")
-    return latest if step >= 0 else None
 
 def write_lines(path, records, mode="w"):
     """Records -> JSON lines; a number that is not finite becomes null."""
     with open(path, mode) as f:
-        for record in records:
-            bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-            f.write(json.dumps(record | dict.fromkeys(bad)) + "\n")
+        for text in map(json.dumps, records):
+            f.write(json.dumps(json.loads(text, parse_constant=lambda _: None)) + "\n")
         f.flush()
         os.fsync(f.fileno())
 
-def check_unscored(run, share):
-    """Stop the run where the judge left too many responses without a verdict."""
-    if share > run.cfg.max_unscored:
-        raise Stop(f"{share:.1%} of the responses have no verdict, above max_unscored: see to the "
-                   f"judge, then start again to go on. {run.scorer.judge.last_failure}")
+def check_goes_on(run, unscored):
+    """Between two phases: stop all ranks for one of these reasons, the last step being saved."""
+    if unscored > run.cfg.max_unscored:
+        raise Stop(f"{unscored:.1%} of the responses have no verdict, above max_unscored: see to "
+                   f"the judge, then start again to go on. {run.scorer.judge.last_failure}")
+    if run.state["not_finite"] >= 3:
+        raise Stop("3 updates in a row were not finite: lower learning_rate, then start again")
+    if any(gather(bool(run.signals))):
+        raise Stop("SIGTERM: the last finished step is saved; start again to go on")
 
 def check_gap(run, updates):
     """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
-    rows = [row for u in updates for row in u.rows if row["weight"] and "old_logprobs" in row]
-    gaps = [gap for row in rows for gap in
-            (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
+    gaps = [x for u in updates for row in u.rows if row["weight"] and "old_logprobs" in row
+            for x in (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
     totals, tokens, largest = zip(*gather((sum(gaps), len(gaps), max(gaps, default=0.0))))
     mean = sum(totals) / sum(tokens)
     limit = run.cfg.max_engine_gap or {"float32": 1e-3, "bfloat16": 0.1}[run.cfg.dtype]
@@ -189,7 +178,7 @@ def check_gap(run, updates):
             f"{limit:g}: look at engine_args, dtype and the version of vLLM")
     if run.gaps_over == 3:  # at once in a run's first step, later three times in a row
         raise Stop(said)
-    if mean > limit / 3 and run.rank == 0:
+    if not mean <= limit / 3 and run.rank == 0:
         print(f"warning: {said}", flush=True)
     return {"engine_gap/mean": mean, "engine_gap/max": max(largest)}
 
@@ -198,17 +187,14 @@ def finish_step(run, metrics, validate, save, last=False):
     cfg, state, step, times = run.cfg, run.state, run.state["step"], dict(run.times)
     due = step > 0 and (step % cfg.save_every == 0 or last)
     if step:
-        tokens = metrics["response_tokens/mean"] + metrics["prompt_tokens/mean"]  # of a response
-        responses = metrics["groups/sampled"] * cfg.group_size
-        metrics["perf/tokens_per_s_per_gpu"] = tokens * responses / times["step"] / run.world
+        metrics["perf/tokens_per_s_per_gpu"] = metrics.pop("tokens") / times["step"] / run.world
     if step % cfg.validate_every == 0 or last:
         with timed(times, "validate"):  # which adds to run.times, too
             metrics |= validate(run)
         value = metrics.get("val/reward/overall", -1.0)  # none if no response was scored
         if due and value > (state["best"] or [0, -1.0])[1]:
             state["best"] = [step, value]
-    metrics["perf/peak_mem_gb"] = (torch.cuda.max_memory_allocated() / 1e9  # no GPU: the process
-                                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    metrics["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
     metrics |= {f"time/{name}": seconds for name, seconds in times.items()}
     run.times.clear()
     if run.rank == 0:
@@ -219,15 +205,26 @@ def finish_step(run, metrics, validate, save, last=False):
               if k.endswith("reward/overall") or k == "time/step"), flush=True)
     if due:
         save(run)
-    check_unscored(run, metrics.get("val/reward/unscored", 0.0))
+    check_goes_on(run, metrics.get("val/reward/unscored", 0.0))
 
-def update_metrics(done, updates):
-    """What backward() returned for each row -> means over tokens, of losses over the updates."""
-    everyone = sum(gather(done), [])
-    sums = {k: sum(row[k] for row in everyone) for k in done[0]}
+def update_metrics(run, groups, done, norms):
+    """What backward() returned for each row -> means over the tokens, of losses over the updates.
+    Tells all ranks what each response added to the loss; rollouts/ shows it."""
+    done, responses = sum(gather(done), []), [r for g in groups for r in g["responses"]]
+    for r, parts in zip(responses, zip(*gather([r.get("loss", 0.0) for r in responses]))):
+        r["loss"] = sum(parts)
+    for norm in norms:
+        run.state["not_finite"] = 0 if norm < float("inf") else run.state["not_finite"] + 1
+        if run.state["not_finite"] and run.rank == 0:
+            print(f"warning: step {run.state['step'] + 1}: an update was skipped, its gradient was "
+                  f"{norm}. In rollouts/ the loss of what was not finite is null", flush=True)
+    parts = [(abs(sum(r["loss"] for r in g["responses"])), g["row"]) for g in groups]
+    largest, row = max(parts, key=lambda part: (not part[0] < float("inf"), part))
+    sums = {k: sum(row[k] for row in done) for k in done[0]}
     saving, tokens = sums.pop("alone") / sums.pop("packed"), sums.pop("tokens")
-    return {"perf/packing_saving": saving} | {
-        k: v / (updates if k.startswith("loss/") else tokens) for k, v in sums.items()}
+    return {"perf/packing_saving": saving, "grad_norm": fmean(norms), "loss/largest_row": row,
+            "loss/largest_share": largest / (sum(x for x, _ in parts) or 1)} | {
+        k: v / (len(norms) if k.startswith("loss/") else tokens) for k, v in sums.items()}
 
 def write_groups(out_dir, name, step, groups):
     """For rank 0: groups -> out_dir/rollouts/NAME_STEP.jsonl, without what only tensors need."""
@@ -241,10 +238,12 @@ def write_groups(out_dir, name, step, groups):
 def response_metrics(groups):
     """reward/*, response_tokens/* and prompt_tokens/mean: means over the responses."""
     responses = [r for g in groups for r in g["responses"]]
-    scored = [r["parts"] for r in responses if r["parts"]["overall"] is not None]
+    scored = [p | {"agreement": 1 - abs(p["judge"] - p["embed"])} for p in
+              (r["parts"] for r in responses) if p["overall"] is not None]
     lengths = [len(r["ids"]) for r in responses]
     return {f"reward/{k}": fmean(p[k] for p in scored) for k in (scored[0] if scored else ())} | {
         "reward/unscored": 1 - len(scored) / len(responses),
+        "answers/chars": fmean(len(r["answer"] or "") for r in responses),
         "response_tokens/mean": fmean(lengths), "response_tokens/max": max(lengths),
         "response_tokens/truncated": fmean(r["finish_reason"] == "length" for r in responses),
         "prompt_tokens/mean": fmean(len(g["ids"]) for g in groups)}
@@ -253,8 +252,12 @@ def group_metrics(groups):
     """groups/*: how many, and of those that every response was scored in, what they can teach."""
     scored = [g for g in groups if g["scored"]]
     judged = [[r["parts"]["judge"] for r in g["responses"]] for g in scored]
+    answers = [[r["answer"] or "" for r in g["responses"]] for g in groups]
     return {"groups/sampled": len(groups), "groups/unscored": len(groups) - len(scored),
             "groups/kept": sum(g["kept"] for g in groups),
             "groups/zero_std": sum(not any(r["advantage"] for r in g["responses"]) for g in scored),
             "groups/all_right": sum(min(j) == 1 for j in judged),
-            "groups/all_wrong": sum(max(j) == 0 for j in judged)}
+            "groups/all_wrong": sum(max(j) == 0 for j in judged),
+            "tokens": sum(len(g["ids"]) + len(r["ids"]) for g in groups for r in g["responses"]),
+            "answers/distinct": fmean(len({*a}) / len(a) for a in answers),
+            "answers/longest": fmean(max(map(len, a)) / max(1, len("".join(a))) for a in answers)}

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none that starts a program
+Image.MAX_IMAGE_PIXELS //= 2  # Pillow refuses what has twice as many, 89 million, unread
 
 def is_local(path):
     """Whether a path is there, not on the hub. ValueError for a typo in one meant to be there."""
@@ -47,13 +49,12 @@ def load_processor(model):
         raise ValueError(f"model {model} is no complete Qwen-VL folder or hub id (config.json, chat"
                          f" template, preprocessor_config.json): {error!s:.200}") from error
 
-def read_template(text_or_path):
+def read_template(given):
     """A text with {question} once, or its path. MediX-R1 trains without one if it is misspelt."""
-    is_file = os.path.isfile(text_or_path)
-    text = Path(text_or_path).read_text("utf-8").strip() if is_file else str(text_or_path)
+    text = Path(given).read_text("utf-8").strip() if os.path.isfile(given) else given
     if (n := text.count("{question}")) != 1:
-        raise ValueError(f"prompt_template {str(text_or_path)[:99]!r} must be a text with "
-                         f"{{question}} once, or the path of such a file; found {n}")
+        raise ValueError(f"prompt_template {given[:99]!r} must be a text with {{question}} once, "
+                         f"or the path of such a file; found {n}")
     return text
 
 def local_files(path, split):
@@ -98,7 +99,7 @@ def read_rows(source, columns=("problem", "solution"), subsets=(None,)):
 
 def decode(image):
     """{"bytes": a file's} -> upright RGB PIL image, not resized."""
-    picture = Image.open(io.BytesIO(image["bytes"]))
+    picture = Image.open(io.BytesIO(image["bytes"]), formats=FORMATS)
     ImageOps.exif_transpose(picture, in_place=True)  # reads the pixels, too
     if picture.mode[0] in "IF":  # over 8 bits: convert("RGB") would turn all above 255 white
         values = np.asarray(picture).astype(np.float64)
@@ -157,20 +158,18 @@ def read_row(data, i):
 
 def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [value]):
     """Checks every row, pixels included; each rank every world-th, gather(value) -> [each rank's].
-    cfg: .prompt_template (a text), .max_prompt_tokens, .min_pixels, .max_pixels, .max_bad_rows.
     -> rows, keep [row], kept {row: (tokens, hash of question and images, solution)}, hashes, bad
     ["row 7, image: ..."], too_long [row], fingerprint. ValueError: too many are bad, none left."""
     rows, folder = read_rows(source)
     data = SimpleNamespace(rows=rows, folder=folder, processor=processor, cfg=cfg, tags=tags)
-
-    def check(i):  # -> what to keep of row i or, as a text, what is wrong with it
+    mine = []  # of each row what to keep or, as a text, what is wrong with it
+    for i in range(rank, len(rows), world):
         try:
             row, digest = read_row(data, i)
-            return len(row["ids"]), digest, row["solution"]
+            mine.append((len(row["ids"]), digest, row["solution"]))
         except ValueError as error:
-            return str(error)
-
-    parts = gather([check(i) for i in range(rank, len(rows), world)])
+            mine.append(str(error))
+    parts = gather(mine)
     found = [parts[i % world][i // world] for i in range(len(rows))]
     good = {i: x for i, x in enumerate(found) if not isinstance(x, str)}
     kept = {i: x for i, x in good.items() if x[0] <= cfg.max_prompt_tokens}

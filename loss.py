@@ -14,9 +14,8 @@ def group_advantages(rewards):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, kind="grpo",
                 clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0):
-    """Per-token loss (B, T), to be minimised, and where it was clipped.
-
-    logprobs, old_logprobs, mask: (B, T); advantages: (B, 1). `kind`:
+    """Per-token loss (B, T), to be minimised, and where it was clipped. logprobs, old_logprobs and
+    mask: (B, T); advantages: (B, 1). `kind`:
     - "grpo": PPO's clipped ratio, arXiv 1707.06347 eq. 7, with a higher upper bound (DAPO, arXiv
       2503.14476 eq. 8) and, for negative advantages, a lower bound of the objective at
       clip_ratio_dual * A (dual clip, arXiv 1912.09729 eq. 5).

@@ -2,6 +2,7 @@
 A group is trained as packed rows [prompt | response a | response b | ...] in which every response
 attends to the shared prompt and to itself only: prompt and images go through the model once.
 Shapes: a row of T tokens has B responses of up to R tokens, N in all, to prompts of L tokens."""
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -29,9 +30,8 @@ LORA_ALPHA = 32  # over any rank: the best learning rate is 10 times that of ful
 
 def load(cfg, device, trainable=True):
     """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
-    cfg: .model (folder or hub id), .dtype (of the computation; what is trained is kept in fp32),
-    .activation_checkpointing, .offload, .shard_ranks, .seed and what choose_trained() reads. Rank 0
-    alone reads the weights (8 fp32 copies of 8B: 280 GB)."""
+    cfg: .model (folder or hub id), .dtype (of the computation; what is trained is kept in fp32) and
+    what is read below. Rank 0 alone reads the weights (8 fp32 copies of 8B: 280 GB)."""
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
@@ -86,19 +86,9 @@ def choose_trained(model, cfg, trainable=True):
 
 def load_reference(cfg, device, model):
     """The starting model, frozen, for a KL term: a copy or, with LoRA, model less its adapter."""
-    if not cfg.lora_rank:
-        return load(cfg, device, trainable=False)
-    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
-
-    def forward(*row):  # peft's own switch also changes requires_grad, of some of FSDP's tensors
-        for layer in layers:
-            layer.set_scale("default", 0)
-        result = model(*row)
-        for layer in layers:
-            layer.set_scale("default", 1)
-        return result
-
-    return forward
+    if cfg.lora_rank:
+        return functools.partial(model, adapter=False)
+    return load(cfg, device, trainable=False)
 
 def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=map):
     """This rank's rows, as many as each rank has, of at most tokens_per_row tokens. Groups, longest
@@ -113,14 +103,9 @@ def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=ma
             pieces[-1][0] += len(response["ids"])
             pieces[-1][2].append(response)
     pieces.sort(key=lambda piece: -piece[0])
-    if pieces[0][0] > tokens_per_row:
+    if pieces and pieces[0][0] > tokens_per_row:
         raise ValueError(f"a prompt with one response has {pieces[0][0]} tokens, above "
                          f"tokens_per_micro_batch = {tokens_per_row}: raise it")
-
-    def tensors(row):
-        parts = [(load(group), responses) for _, group, responses in row[1:] or pieces[-1:]]
-        return _tensors(model, parts) | {"weight": float(len(row) > 1)}
-
     fewest = -(-sum(piece[0] for piece in pieces) // (tokens_per_row * world))
     for count in itertools.count(fewest * world, world):
         rows = [[0] for _ in range(count)]  # each: its tokens, then its pieces
@@ -129,14 +114,16 @@ def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=ma
             row[0] += piece[0]
             row.append(piece)
         rows.sort(key=lambda row: -row[0])  # at a time all ranks work on about equal ones
-        if rows[0][0] <= tokens_per_row:
-            return [*map(tensors, rows[rank::world])]
+        if not rows or rows[0][0] <= tokens_per_row:
+            return [*map(lambda row: _tensors(model, row[1:], pieces[-1], load), rows[rank::world])]
 
-def _tensors(model, pieces):
+def _tensors(model, pieces, spare, load):
     """A row: input_ids (1, T), position_ids (4, 1, T): text, then mRoPE; segments [(L, [R, ...])];
     images, grid (n, 3); sources (N,), where a response token is predicted, targets (N,); mask,
-    engine logprobs (B, R), advantage (B, 1); members, the responses."""
+    engine logprobs (B, R), advantage (B, 1); members, the responses. Without pieces: weight 0."""
     config, merge = model.config, model.config.vision_config.spatial_merge_size
+    weight = float(len(pieces) > 0)
+    pieces = [(load(group), responses) for _, group, responses in pieces or [spare]]
     if not any(group["images"] for group, _ in pieces):
         # The vision tower runs on every row, or FSDP's collectives would not line up: on an image
         # of one token more, to which nothing attends.
@@ -165,7 +152,8 @@ def _tensors(model, pieces):
         "targets": torch.tensor([t for r in responses for t in r["ids"]]),
         "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
-        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses}
+        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses,
+        "weight": weight}
 
 def packed_attention(module, query, key, value, attention_mask, scaling, segments, **_):
     """Attention of a packed row, (1, heads or kv heads, T, D) each -> (1, T, heads, D), None: each
@@ -203,8 +191,10 @@ def logprobs(model, row, pixels, temperature, banned):
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
 
 def row_forward(model, pixels, input_ids, position_ids, grid, sources, targets, segments,
-                temperature, banned):
+                temperature, banned, adapter=True):
     """Forward of the FSDP root, where lm_head.weight is whole: (N,) log-probs, (N,) entropies."""
+    for layer in [x for x in model.modules() if hasattr(x, "lora_A")]:
+        layer.set_scale("default", float(adapter))  # peft's own switch also changes requires_grad
     out = model.model(input_ids, None, position_ids, pixel_values=pixels, image_grid_thw=grid,
                       use_cache=False, segments=segments)
     hidden = out.last_hidden_state[0, sources]
@@ -296,14 +286,18 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
         (aside / "state.json").write_text(json.dumps(state))
     dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    dcp.save(_state_tensors(model, optimizer), storage_writer=writer)  # returns when all have saved
+    try:  # returns when all have saved
+        dcp.save(_state_tensors(model, optimizer), storage_writer=writer)
+    except dcp.api.CheckpointException as error:  # of any rank, and no Exception to Python
+        raise OSError(f"{aside}: {next(iter(error.failures.values()))[0]}") from error
     manifest = _digests(aside)
     if dist.get_rank() == 0:
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _flush(aside / "state.json", aside / "manifest.json", aside)
         shutil.rmtree(Path(root, name), ignore_errors=True)
         aside.rename(Path(root, name))
-        links = {"latest": name, "best": f"step_{state['best'][0]:06d}" if state["best"] else name}
+        best = f"step_{state['best'][0]:06d}" if state["best"] else name
+        links = {"latest": name, "best": best if Path(root, best).exists() else name}
         for link, target in links.items():  # a link is moved in one atomic step
             Path(root, "link").unlink(missing_ok=True)
             Path(root, "link").symlink_to(target)
@@ -313,11 +307,30 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
             shutil.rmtree(Path(root, old))
     dist.barrier()
 
+def find_checkpoint(root):
+    """The newest whole checkpoint, up to the one that root/latest names if it is there; or None.
+    A harmed one is named and set aside as damaged_step_000100. ValueError: no other is whole."""
+    root, link, harmed = Path(root), Path(root, "latest"), {}
+    last = os.readlink(link) if link.exists() else "step_~"
+    names = [sorted(path.name for path in root.glob("step_??????") if path.name <= last)]
+    dist.broadcast_object_list(names)
+    while names[0]:
+        found, manifest = _digests(folder := root / names[0].pop()), {"manifest.json": "readable"}
+        with contextlib.suppress(OSError, ValueError):
+            manifest = json.loads((folder / "manifest.json").read_text())
+        wrong = [file for file, digest in manifest.items() if found.get(file) != digest]
+        if wrong:
+            harmed[folder] = f"{folder / wrong[0]} is damaged or missing"
+            continue
+        for old in harmed if dist.get_rank() == 0 else ():
+            print(f"{harmed[old]}: set aside as damaged_{old.name}, going on from {folder.name}")
+            old.rename(root / f"damaged_{old.name}")
+        return folder
+    if harmed:
+        raise ValueError(f"no checkpoint is whole: {', '.join(harmed.values())}. Copy one back or "
+                         "choose another out_dir")
+
 def load_checkpoint(folder, model, optimizer):
     """Fill model and optimizer from a checkpoint of any number of ranks; returns its state."""
-    manifest, found = json.loads(Path(folder, "manifest.json").read_text()), _digests(folder)
-    for name, _ in manifest.items() - found.items():
-        raise ValueError(f"{folder}/{name} is {'damaged' if name in found else 'missing'}: let the "
-                         "link `latest` beside that folder point to another checkpoint")
     dcp.load(_state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(folder))
     return json.loads(Path(folder, "state.json").read_text())

@@ -62,14 +62,9 @@ def parse(response):
 def load(cfg, device="cpu", world=1):
     """Settings (attributes of cfg) -> a scorer, its embedder on device; `world` processes share
     judge_concurrency. Waits for a judge that is not up yet. ValueError: one line of advice."""
-    if cfg.judge not in ("http", "exact"):
-        raise ValueError(f'judge={cfg.judge!r} is unknown: it must be "http" or "exact"')
     weights = {k: getattr(cfg, f"weight_{k}") for k in ("judge", "embed", "modality", "format")}
-    if not all(0 <= x <= 1 for x in (*weights.values(), cfg.embed_threshold)) or abs(
-            sum(weights.values()) - weights["format"] - 1) > 1e-6:
-        given = ", ".join(f"weight_{k}={v}" for k, v in weights.items())
-        raise ValueError(f"{given}, embed_threshold={cfg.embed_threshold}: set each within 0 .. 1, "
-                         "and the first three so that they add up to 1")
+    if abs(sum(weights.values()) - weights["format"] - 1) > 1e-6 or min(weights.values()) < 0:
+        raise ValueError(f"weight_*={weights}: set each in 0 .. 1, the first three to a sum of 1")
     encode = load_encoder(cfg.embedder, device)
     one, two = encode(["left femur", "retinal drusen"])
     same, other = (one @ one.T).sum(), (one @ two.T).sum()
@@ -77,7 +72,7 @@ def load(cfg, device="cpu", world=1):
         raise ValueError(f"embed_threshold={cfg.embed_threshold}: unlike texts have cosine "
                          f"{other:.3f}, equal ones {same:.3f}: change it or embedder")
     return SimpleNamespace(cfg=cfg, weights=weights, encode=encode,
-                           judge=open_judge(cfg, world) if cfg.judge == "http" else None)
+                           judge=None if cfg.judge == "exact" else open_judge(cfg, world))
 
 def load_encoder(embedder, device):
     """A function from a list of N texts to N rows of length 1: dot = cosine. What else is in the
@@ -105,7 +100,7 @@ def open_judge(cfg, world):
     session.mount(cfg.judge_url, requests.adapters.HTTPAdapter(pool_maxsize=threads))
     judge = SimpleNamespace(cfg=cfg, session=session, key=key, pool=ThreadPoolExecutor(threads),
                             url=cfg.judge_url.rstrip("/") + "/chat/completions", verdicts={},
-                            last_verdict=float("-inf"), last_failure="")
+                            known=[], asked=0, last_verdict=float("-inf"), last_failure="")
     print(f"waiting for the judge at {cfg.judge_url} ...", flush=True)
     for (truth, answer), known in list(PAIRS.items())[:None if cfg.judge_check else 1]:
         verdict, _, said = ask(judge, monotonic(), "What is it?", truth, answer, starting=True)
@@ -193,24 +188,30 @@ def start(scorer, question, solution, responses):
             verdict = judge and judge.verdicts.get(key)
             if judge and (not verdict or (verdict.done() and verdict.result()[0] is None)):
                 verdict = judge.verdicts[key] = judge.pool.submit(ask, judge, monotonic(), *key)
+                judge.asked += 1
+                if judge.cfg.judge_check and judge.asked % 32 == 0:  # is it still a judge?
+                    pair, right = list(PAIRS.items())[judge.asked // 32 % len(PAIRS)]
+                    asked = judge.pool.submit(ask, judge, monotonic(), "What is it?", *pair)
+                    judge.known = [*judge.known[-9:], (right, asked)]
             job.asked[answer] = verdict
     return job
 
 def finish(scorer, jobs):
     """Jobs -> for each a list of each response's dict(judge, embed, modality, format, overall) of
-    floats, judge and overall None where the judge failed. Waits for it; embeds each text once."""
+    floats; the judge is None where it failed, or was wrong about 3 of the last 10 known answers."""
     texts = list(dict.fromkeys(t for job in jobs if job.asked for t in (job.truth, *job.asked)))
     vectors = dict(zip(texts, scorer.encode(texts) if texts else []))
-    soft, threshold = scorer.cfg.embed_soft, scorer.cfg.embed_threshold
+    soft, threshold, judge = scorer.cfg.embed_soft, scorer.cfg.embed_threshold, scorer.judge
+    failed = judge and sum(known.result()[0] == 1 - right for right, known in judge.known) > 2
+    if failed:
+        judge.last_failure = f"judge_model={judge.cfg.judge_model} is wrong about known answers now"
     for job in jobs:
         for answer, parts in job.rows:
             if answer in job.asked:
                 verdict, cosine = job.asked[answer], (vectors[answer] @ vectors[job.truth].T).sum()
-                parts["judge"] = verdict.result()[0] if verdict else 0.0  # exact: not equal
+                parts["judge"] = (None if failed else verdict.result()[0]) if judge else 0.0
                 parts["embed"] = float(min(1, max(0, cosine)) if soft else cosine >= threshold)
             parts["overall"] = overall(parts, scorer.weights)
+    if judge and (failed or len(judge.verdicts) > 2**16):  # not to be believed, or too many
+        judge.verdicts.clear()
     return [[parts for _, parts in job.rows] for job in jobs]
-
-def score(scorer, question, solution, responses):
-    """One group at once: what finish() returns for it."""
-    return finish(scorer, [start(scorer, question, solution, responses)])[0]

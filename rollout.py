@@ -9,13 +9,11 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
-VLLM_TRIED = "0.32.0"
 
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
-    cfg: .model, .dtype, .engine ("vllm", or "torch"), .engine_args (any of vllm.LLM), .max_pixels,
-    .tensor_parallel, .gpu_memory_utilization, .max_{prompt,response}_tokens. patches: images ->
-    (patches, C). Returns .stop_ids, .banned (never sampled), .version (the caller's own mark)."""
+    cfg: what is read below; .engine_args are any of vllm.LLM. patches: images -> (patches, C).
+    Returns .stop_ids, .banned (never sampled), .version (the caller's own mark)."""
     config = AutoConfig.from_pretrained(cfg.model)
     stop_ids = GenerationConfig.from_pretrained(cfg.model).eos_token_id  # OSError: no such file
     if stop_ids is None:
@@ -40,9 +38,7 @@ def _start_vllm(cfg, device):
     try:
         import vllm
     except ImportError as error:
-        raise ValueError(f'{error}: install vllm=={VLLM_TRIED}, or set engine="torch"') from error
-    if vllm.__version__ != VLLM_TRIED and os.environ.get("RANK", "0") == "0":
-        print(f"warning: vLLM {vllm.__version__} was not tried; if it fails, install {VLLM_TRIED}")
+        raise ValueError(f'{error}: install vllm==0.32.0, or set engine="torch"') from error
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     args = dict(
         model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length, seed=0,
@@ -68,14 +64,9 @@ def _start_vllm(cfg, device):
 @torch.no_grad()
 def sync(engine, named_weights):
     """Copy every weight of the trainer: (Hugging Face name, whole tensor), tied ones under each
-    name. Wakes an engine that sleeps. ValueError: weights did not come; vLLM accepts that."""
+    name. Wakes an engine that sleeps. RuntimeError: weights did not come; vLLM accepts that."""
     if not engine.llm:
-        missing = dict(engine.model.state_dict())
-        for name, weight in named_weights:
-            missing.pop(name).copy_(weight)
-        if missing:
-            raise ValueError(f"{len(missing)} weights were not sent: {sorted(missing)[:5]}")
-        return
+        return engine.model.load_state_dict(dict(named_weights))
     llm, sleeps = engine.llm, engine.llm.llm_engine.is_sleeping()
     # vLLM reads experts in the published layout (E, in, out); transformers holds (E, out, in).
     weights = ((name, w.transpose(1, 2) if ".experts." in name and w.ndim == 3 else w)
@@ -111,7 +102,6 @@ def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_
     """One pool, which refills itself as responses end. A few prompts join before each engine step,
     always at the same one: what is computed together depends on no clock."""
     from vllm import SamplingParams
-
     prompts, asked, vllm = iter(prompts), {}, engine.llm.llm_engine
     while True:
         for prompt in itertools.islice(prompts, 8):

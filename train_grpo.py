@@ -24,15 +24,16 @@ def set_up(cfg):
     """Settings -> all that a run needs. Mistakes in settings and data are found before weights."""
     common.check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     cfg.prompt_template = data.read_template(cfg.prompt_template)
-    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2, threads=ThreadPoolExecutor(4))
-    run.rank, run.world, run.device = common.start()
+    run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2, signals=[], threads=ThreadPoolExecutor(4))
+    run.rank, run.world, run.device = common.start(run.signals)
     run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
     run.train, run.val = (data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world,
                                     common.gather) for source in (cfg.train_data, cfg.val_data))
     run.val_rows = data.order(run.val.keep, 0, 0, len(run.val.keep))[:cfg.val_prompts or None]
     run.last_step = cfg.steps or -(-cfg.epochs * len(run.train.keep) // cfg.prompts_per_step)
-    latest = common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint))[0]
+    found = policy.find_checkpoint(f"{cfg.out_dir}/checkpoints")
+    common.gather(run.rank == 0 and common.open_run(cfg, run.train.fingerprint, found))
     if not os.path.exists(f"{cfg.out_dir}/config.json"):
         raise ValueError(f"out_dir={cfg.out_dir} must be on a disk that all nodes share")
     run.model = policy.load(cfg, run.device)
@@ -45,8 +46,8 @@ def set_up(cfg):
     run.logprobs = lambda model, row: policy.logprobs(
         model, row, run.patches(row["images"]), cfg.temperature, run.engine.banned)
     run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None}
-    if latest:
-        run.state |= policy.load_checkpoint(latest, run.model, run.optimizer)
+    if found:
+        run.state |= policy.load_checkpoint(found, run.model, run.optimizer) | {"not_finite": 0}
     run.saved = run.state["step"]
     return run
 
@@ -57,24 +58,22 @@ def sample(run, split, rows, key, first=0, **sampling):
         with common.timed(run.times, "sync"):
             rollout.sync(run.engine, policy.named_weights(run.model))
         run.engine.version = run.state["updates"]
-
-    def read(slot):  # a row that comes twice is two draws
-        return data.prompt(split, rows[slot]) | {"slot": slot, "seed": common.seed_of(
-            run.cfg.seed, key, rows[slot], rows[:slot].count(rows[slot]))}
-
     # Rank slot % world scores a slot's group; an engine samples those of its ranks.
     engine, size = run.rank // run.cfg.tensor_parallel, run.cfg.tensor_parallel
     slots = [s for s in range(first, len(rows)) if s % run.world // size == engine]
     groups, jobs, sampling["max_tokens"] = [], [], run.cfg.max_response_tokens
     with common.timed(run.times, "rollout"):  # one pool: meanwhile images are read, answers judged
-        prompts = run.threads.map(read, slots)
+        prompts = run.threads.map(lambda slot: data.prompt(split, rows[slot]) | {
+            "slot": slot, "seed": common.seed_of(  # a row that comes twice is two draws
+                run.cfg.seed, key, rows[slot], rows[:slot].count(rows[slot]))}, slots)
         for prompt, responses in rollout.generate(run.engine, prompts, **sampling):
             if prompt["slot"] % run.world == run.rank:
                 ids = [[t for t in r["ids"] if t not in run.engine.stop_ids] for r in responses]
                 texts = run.processor.tokenizer.batch_decode(ids)
                 jobs.append(reward.start(run.scorer, prompt["problem"], prompt["solution"], texts))
                 groups.append(prompt | {"images": None, "responses": [
-                    r | {"text": text} for r, text in zip(responses, texts)]})
+                    r | {"text": text, "answer": reward.find_answer(text)}
+                    for r, text in zip(responses, texts)]})
     with common.timed(run.times, "reward_wait"):
         for group, scores in zip(groups, reward.finish(run.scorer, jobs)):
             for response, parts in zip(group["responses"], scores):
@@ -107,12 +106,10 @@ def plan_update(run, groups):
     scored = [g for g in groups if g["scored"]]
     trained = [g for g in scored if g["kept"] or run.cfg.kl_coef]
     lengths = [len(r["ids"]) for g in scored for r in g["responses"]]
-    update = SimpleNamespace(rows=[], tokens=sum(lengths), responses=len(lengths))
-    if trained:
-        update.rows = policy.build_rows(
-            run.model, trained, run.cfg.tokens_per_micro_batch, run.rank, run.world,
-            lambda group: group | data.prompt(run.train, group["row"]), run.threads.map)
-    return update
+    rows = policy.build_rows(
+        run.model, trained, run.cfg.tokens_per_micro_batch, run.rank, run.world,
+        lambda group: group | data.prompt(run.train, group["row"]), run.threads.map)
+    return SimpleNamespace(rows=rows, tokens=sum(lengths), responses=len(lengths))
 
 def backward(run, update, row):
     """Add a row's gradient; returns its sums for the log."""
@@ -132,8 +129,12 @@ def backward(run, update, row):
     kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
     weights = row["weight"] * objective.token_weights(
         mask, cfg.loss_mean, update.tokens, update.responses)
+    finite = 1 + 0 * (logprobs.detach() + engine_logprobs)  # NaN, as its gradient, where one is not
+    loss = (token_loss + cfg.kl_coef * kl) * weights * finite
     # FSDP averages gradients over ranks, but these weights sum to 1 over all of them already.
-    ((token_loss + cfg.kl_coef * kl) * weights).sum().mul(run.world).backward()
+    loss.sum().mul(run.world).backward()
+    for response, part in zip(row["members"], loss.sum(1).tolist()):
+        response["loss"] = response.get("loss", 0.0) + part
     counted = mask * row["weight"]
     sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
             "entropy": entropy * counted,
@@ -162,14 +163,8 @@ def train(run, groups):
             state["updates"] += 1
             lr = cfg.learning_rate * min(1.0, state["updates"] / max(cfg.warmup_updates, 1))
             norms.append(policy.optimizer_step(run.model, run.optimizer, lr, cfg.max_grad_norm))
-            state["not_finite"] = 0 if norms[-1] < float("inf") else state["not_finite"] + 1
-            if state["not_finite"] == 3:
-                common.stop("3 gradients in a row were not finite: lower learning_rate")
-    metrics["updates_skipped"] = cfg.updates_per_step - sum(n < float("inf") for n in norms)
-    if norms:
-        metrics |= {"lr": lr, "grad_norm": sum(norms) / len(norms)}
-        metrics |= common.update_metrics(done, len(norms))
-    return metrics
+    metrics["updates_skipped"] = n - sum(norm < float("inf") for norm in norms)
+    return metrics | (common.update_metrics(run, groups, done, norms) | {"lr": lr} if norms else {})
 
 def validate(run):
     """val/* (greedy) and, with val_temperature, val_sampled/* on the same prompts each time."""
@@ -203,14 +198,14 @@ def main():
                 groups = collect(run, step)
                 rollout.sleep(run.engine)
                 metrics = common.response_metrics(groups) | common.group_metrics(groups)
-                common.check_unscored(run, metrics["reward/unscored"])
+                common.check_goes_on(run, metrics["reward/unscored"])
                 metrics |= train(run, groups)
             state |= {"step": step, "cursor": state["cursor"] + len(groups)}
             common.write_groups(cfg.out_dir, "step", step, groups)
             common.finish_step(run, metrics, validate, save, step == run.last_step)
-    except common.Stop as why:  # before an update: the last finished step is worth keeping
-        if run.saved != state["step"]:
-            save(run)
+    except (common.Stop, OSError) as why:
+        if type(why) is common.Stop and run.saved != state["step"]:
+            save(run)  # before an update: the last finished step is worth keeping
         common.stop(why)
     dist.destroy_process_group()
 

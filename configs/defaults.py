@@ -50,3 +50,43 @@ max_unscored = 0.05  # share of the responses; more stops the run
 embedder = "abhinand/MedEmbed-large-v0.1"  # or "ngram"
 embed_threshold, embed_soft = 0.8, False  # soft: the cosine itself
 weight_judge, weight_embed, weight_modality, weight_format = 0.575, 0.375, 0.05, 0.1
+
+# --- what a run refuses: settings that break a rule (of those that its trainer has)
+_rules = """model and train_data and val_data
+max_response_tokens > 0
+tokens_per_micro_batch >= max_prompt_tokens + max_response_tokens
+overlong_buffer_tokens <= max_response_tokens
+steps + epochs > 0
+group_size > 1
+prompts_per_step >= ranks
+updates_per_step > 0
+prompts_per_step % updates_per_step == 0
+max_rounds > 0
+validate_every > 0
+save_every > 0
+keep_checkpoints > 0
+log in ('', 'wandb')
+temperature > 0
+engine in ('vllm', 'torch')
+engine == 'vllm' or tensor_parallel == 1 and not engine_args
+tensor_parallel > 0
+node_ranks % tensor_parallel == 0
+ranks % (shard_ranks or 1) == 0
+old_logprobs in ('trainer', 'engine')
+loss in ('grpo', 'gspo', 'cispo')
+loss_mean in ('token', 'sequence')
+keep in ('correctness', 'reward', 'medix')
+learning_rate > 0
+max_grad_norm > 0
+dtype in ('bfloat16', 'float32')
+judge in ('http', 'exact')
+judge_timeout_s > 0
+weight_format <= 1
+embed_threshold <= 1""".split("\n")
+# --- and what a restart may change: _free settings, never _fixed ones, others with accept_changes
+_fixed = set("""model seed train_rows prompts_per_step group_size updates_per_step max_prompt_tokens
+    max_response_tokens min_pixels max_pixels prompt_template freeze_vision lora_rank""".split())
+_free = set("""out_dir steps epochs validate_every save_every keep_checkpoints log accept_changes
+    judge_url judge_api_key_env judge_timeout_s judge_patience_s judge_concurrency max_unscored
+    engine engine_args tensor_parallel gpu_memory_utilization max_engine_gap tokens_per_micro_batch
+    activation_checkpointing offload shard_ranks""".split())

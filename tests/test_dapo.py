@@ -10,6 +10,7 @@ import pytest
 import torch
 from judge_server import judge
 from ranks import ROOT, torchrun
+from scoring import score
 from test_train import arguments, metrics, rollouts, run_and_kill, small_data, tensors
 
 import common
@@ -54,7 +55,7 @@ def test_what_each_filter_keeps(name):
 
 
 def scored(cfg, texts, tokens=5):
-    parts = reward.score(reward.load(cfg), "Where?", "<X_RAY> left lung", texts)
+    parts = score(reward.load(cfg), "Where?", "<X_RAY> left lung", texts)
     return {"ids": [1], "responses": [
         {"ids": [7] * tokens, "parts": p, "finish_reason": "stop"} for p in parts]}
 

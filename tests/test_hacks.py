@@ -22,6 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from judge_server import judge
 from ranks import ROOT
+from scoring import score
 from test_reward import GOOD, pattern_says
 
 import reward
@@ -270,7 +271,7 @@ def exact():
 @given(question=TEXTS, response=RESPONSES)
 def test_score_survives_any_text(exact, question, response):
     """Four parts of 0 or 1; judge only for the truth's own letters, in a place for answers."""
-    [parts] = reward.score(exact, question, "<X_RAY> left lung", [response])
+    [parts] = score(exact, question, "<X_RAY> left lung", [response])
     assert all(type(parts[name]) is float and parts[name] in (0, 1) for name in exact.weights)
     assert 0 <= parts["overall"] <= 1
     assert parts["judge"] == 0 or letters(reward.find_answer(response)) == "leftlung"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from judge_server import always, completion, free_port, judge
 from ranks import ROOT
+from scoring import score
 
 import reward
 
@@ -36,7 +37,7 @@ def say(answer, tag="X_RAY"):
 
 
 def verdicts(scorer, answers, question="What is it?", solution=X):
-    parts = reward.score(scorer, question, solution, [say(answer) for answer in answers])
+    parts = score(scorer, question, solution, [say(answer) for answer in answers])
     return [p["judge"] for p in parts]
 
 
@@ -48,7 +49,7 @@ def test_order_and_values_of_the_parts():
         scorer = load(server)
         responses = [say("myocardial infarction"), say("heart attack."), say("stroke", "CT_SCAN"),
                      say(""), "heart attack", say("Heart attacks"), "<thinking>"]
-        parts = reward.score(scorer, "Why?", "<X_RAY> heart attack", responses)
+        parts = score(scorer, "Why?", "<X_RAY> heart attack", responses)
         assert [tuple(p.values()) for p in parts] == [
             (1, 0, 1, 1, pytest.approx(0.6625)), (1, 1, 1, 1, 1), (0, 0, 0, 1, 0.1),
             (0, 0, 1, 1, pytest.approx(0.145)), (1, 1, 0, 0, 0.855),
@@ -172,7 +173,7 @@ def test_a_failure_leaves_the_response_unscored(what, said, again):
         assert scorer.judge.last_failure == ""
         server.script = always(what)
         start = time.monotonic()
-        unscored, right, wrong = reward.score(scorer, "", X, [say("ribs"), say("left lung"), ""])
+        unscored, right, wrong = score(scorer, "", X, [say("ribs"), say("left lung"), ""])
         assert time.monotonic() - start < 3
         assert unscored == {"judge": None, "embed": 0, "modality": 1, "format": 1, "overall": None}
         assert right["overall"] == 1 and wrong["overall"] == 0
@@ -227,7 +228,7 @@ def test_a_judge_that_dies_in_the_run():
         scorer = load(server)
         assert verdicts(scorer, ["ribs"]) == [0]
         port = server.port
-    parts = reward.score(scorer, "What is it?", X, [say(a) for a in ("ribs", "heart", "left lung")])
+    parts = score(scorer, "What is it?", X, [say(a) for a in ("ribs", "heart", "left lung")])
     assert [p["judge"] for p in parts] == [0, None, 1]  # known before, unknown, settled
     assert [p["overall"] is None for p in parts] == [False, True, False]
     assert "refused" in scorer.judge.last_failure and str(port) in scorer.judge.last_failure
@@ -276,9 +277,9 @@ def test_a_triple_is_asked_once():
         assert [[p["judge"] for p in parts] for parts in results] == [[0] * 4] * 3
         asked = sorted((r.question, r.answer) for r in server.requests)
         assert asked == [("one?", "heart"), ("one?", "ribs"), ("two?", "heart"), ("two?", "ribs")]
-        reward.score(scorer, "one?", X, group)  # a later step
+        score(scorer, "one?", X, group)  # a later step
         assert len(server.requests) == 4
-        reward.score(scorer, "one?", "<X_RAY> right lung", group)  # another truth
+        score(scorer, "one?", "<X_RAY> right lung", group)  # another truth
         assert len(server.requests) == 6
 
 
@@ -507,7 +508,7 @@ def embedded(folder, **settings):
 
 
 def embeds(scorer, solution, answers):
-    return [p["embed"] for p in reward.score(scorer, "", solution, [say(a) for a in answers])]
+    return [p["embed"] for p in score(scorer, "", solution, [say(a) for a in answers])]
 
 
 def test_real_embedder(minilm):
@@ -585,7 +586,7 @@ def test_without_sentence_transformers(monkeypatch):
 def test_judge_and_embedder_together(minilm):
     with judge() as server:
         scorer = load(server, embedder=minilm, judge_check=True)
-        parts = reward.score(scorer, "", "<X_RAY> heart attack", [
+        parts = score(scorer, "", "<X_RAY> heart attack", [
             say("myocardial infarction"), say("heart attacks")])
         assert [(p["judge"], p["embed"]) for p in parts] == [(1, 0), (0, 1)]
         assert json.dumps(parts)

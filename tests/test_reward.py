@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from scoring import score  # noqa: E402
+
 import reward  # noqa: E402
 
 DEFAULTS = {"judge": "exact", "judge_check": False, "embedder": "ngram", "embed_threshold": 0.8,
@@ -147,7 +149,7 @@ def test_table_size():
 
 @pytest.mark.parametrize("name,solution,response,expected", CASES, ids=[c[0] for c in CASES])
 def test_case(scorer, name, solution, response, expected):
-    [parts] = reward.score(scorer, "What is it?", solution, [response])
+    [parts] = score(scorer, "What is it?", solution, [response])
     judge, embed, modality, form = expected
     value = 0.5175 * judge + 0.3375 * embed + 0.045 * modality + 0.1 * form
     assert list(parts) == ["judge", "embed", "modality", "format", "overall"]
@@ -157,16 +159,16 @@ def test_case(scorer, name, solution, response, expected):
 
 def test_group_equals_one_by_one(scorer):
     responses = [case[2] for case in CASES if case[1] == X]
-    one_by_one = [reward.score(scorer, "", X, [response])[0] for response in responses]
-    assert reward.score(scorer, "", X, responses) == one_by_one
-    assert reward.score(scorer, "", X, []) == []
+    one_by_one = [score(scorer, "", X, [response])[0] for response in responses]
+    assert score(scorer, "", X, responses) == one_by_one
+    assert score(scorer, "", X, []) == []
 
 
 @pytest.mark.parametrize("tag", reward.TAGS)
 def test_every_tag(scorer, tag):
     response = GOOD.replace("X_RAY", tag)
     assert reward.parse(response) == {"tag": tag, "answer": "left lung", "format": True}
-    [parts] = reward.score(scorer, "", f"<{tag}> left lung", [response])
+    [parts] = score(scorer, "", f"<{tag}> left lung", [response])
     assert parts["overall"] == pytest.approx(1)
     assert len(set(reward.TAGS)) == 16
 
@@ -201,7 +203,7 @@ def test_solution_without_tag(scorer, solution):
     with pytest.raises(ValueError, match="must start with a tag"):
         reward.split_solution(solution)
     with pytest.raises(ValueError, match="must start with a tag"):
-        reward.score(scorer, "", solution, [GOOD])
+        score(scorer, "", solution, [GOOD])
 
 
 @pytest.mark.parametrize("solution", ["<X_RAY>", "<X_RAY> \n", "<X_RAY> ."])
@@ -279,14 +281,14 @@ def test_settings_at_the_edge():
 def test_embed_soft_and_threshold(scorer):
     soft = load(embed_soft=True)
     answers = ["left lung", "left lungs", "left side lung", "cardiomegaly", "\ud800", "肺"]
-    values = [p["embed"] for p in reward.score(soft, "", X, answers)]
+    values = [p["embed"] for p in score(soft, "", X, answers)]
     assert values[0] == 1.0 and values[0] > values[1] > values[2] > values[3]
     assert values[3] < 0.2 and values[4] == values[5] == 0.0
     assert all(0 <= value <= 1 for value in values)
     for threshold in (0.25, 0.5, 0.75):
-        hard = reward.score(load(embed_threshold=threshold), "", X, answers)
+        hard = score(load(embed_threshold=threshold), "", X, answers)
         assert [p["embed"] for p in hard] == [float(value >= threshold) for value in values]
-    assert all(p["judge"] == 0 for p in reward.score(soft, "", X, answers)[1:])
+    assert all(p["judge"] == 0 for p in score(soft, "", X, answers)[1:])
 
 
 def test_each_text_is_encoded_once(scorer):
@@ -296,7 +298,7 @@ def test_each_text_is_encoded_once(scorer):
         seen.append(texts)
         return scorer.encode(texts)
     spied = reward.SimpleNamespace(**{**vars(scorer), "encode": spy})
-    reward.score(spied, "", X, ["ribs", "ribs", "left lung", "", "x" * 401, "heart", "ribs"])
+    score(spied, "", X, ["ribs", "ribs", "left lung", "", "x" * 401, "heart", "ribs"])
     assert seen == [["left lung", "ribs", "heart"]]
 
 
@@ -313,7 +315,7 @@ def test_linear_time(scorer, unit):
                  f"<X_RAY><thinking>{bulk}</thinking><answer>left lung</answer>",
                  f"<X_RAY>{T}<answer>{bulk}</answer>", f"{bulk}{GOOD}", f"{GOOD}{bulk}"]
     start = time.perf_counter()
-    reward.score(scorer, "", X, responses)
+    score(scorer, "", X, responses)
     assert time.perf_counter() - start < 4  # 8 MB on a shared core; quadratic would be hours
 
 
@@ -357,7 +359,7 @@ def test_random_strings(scorer):
         else:
             parts = rng.choices(pieces, k=rng.randrange(12))
         responses.append("".join(parts))
-    for response, parts in zip(responses, reward.score(scorer, "", X, responses)):
+    for response, parts in zip(responses, score(scorer, "", X, responses)):
         parsed = reward.parse(response)
         assert tuple(parsed.values()) == pattern_says(response), repr(response)
         values = tuple(parts[name] for name in NAMES)
@@ -388,7 +390,7 @@ def test_real_responses_as_they_are(scorer):
         assert reward.parse(row["response"]) == {
             "tag": None, "answer": row["response"].strip(), "format": False}
         letter = row.get("ground_truth_letter") or "A"
-        [parts] = reward.score(scorer, row["question"], f"<OTHER> {letter}", [row["response"]])
+        [parts] = score(scorer, row["question"], f"<OTHER> {letter}", [row["response"]])
         assert set(parts.values()) == {0.0}
 
 
@@ -408,7 +410,7 @@ def test_real_responses_with_our_marks(scorer):
         if not row.get("ground_truth_letter"):
             continue
         truth = row["ground_truth_letter"]
-        [parts] = reward.score(scorer, row["question"], f"<OTHER> {truth}", ["<OTHER>" + marked])
+        [parts] = score(scorer, row["question"], f"<OTHER> {truth}", ["<OTHER>" + marked])
         assert parts["judge"] == parts["embed"] == float(answer == truth)
         assert parts["modality"] == 1 and parts["format"] == float(row["well_formed"])
         right, wrong = right + (answer == truth), wrong + (answer != truth)

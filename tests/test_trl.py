@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from judge_server import judge
 from ranks import ROOT
+from scoring import score
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLProcessor, TrainerCallback
 
 import common
@@ -207,7 +208,7 @@ def training(start, tmp_path_factory):
         scorer = reward.load(SimpleNamespace(**settings))
         for step in steps:  # one response at a time
             columns = (step.given[k] for k in ("problem", "solution", "completions"))
-            step.ours = [reward.score(scorer, question, truth, [message["content"]])[0]
+            step.ours = [score(scorer, question, truth, [message["content"]])[0]
                          for question, truth, [message] in zip(*columns)]
         life.close()
     assert len(steps) == len(calls) == 2
@@ -306,7 +307,7 @@ def test_easyr1_gets_our_rewards_or_an_error(tmp_path):
             input=json.dumps([batch, batch + [down]]), capture_output=True)
         assert run.returncode == 0, run.stderr
         scorer = reward.load(SimpleNamespace(**{**common.defaults, **settings}))
-        ours = [reward.score(scorer, *row, texts) for row, texts in GROUPS.items()]
+        ours = [score(scorer, *row, texts) for row, texts in GROUPS.items()]
     scores, error = map(json.loads, run.stdout.splitlines()[-2:])
     assert scores == sum(ours, []) and len({s["overall"] for s in scores}) > 4
     assert all(type(value) is float for score in scores for value in score.values())
