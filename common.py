@@ -62,6 +62,7 @@ def check(cfg, ranks):
 
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
     time.sleep(10 if int(os.environ.get("RANK", 0)) else 0)
     advice = ": what is saved is whole; mend this and start again" * isinstance(error, OSError)
     raise SystemExit(f"error: {' '.join(str(error).split())}{advice}")

@@ -210,7 +210,6 @@ def token_logprobs(hidden, weight, targets, temperature, banned):
         with torch.no_grad():
             entropy = logz - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
         return logits.gather(1, targets[:, None])[:, 0] - logz, entropy
-
     size = max(1, CHUNK_ELEMENTS // len(weight))
     chunks = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
               for chunk in zip(hidden.split(size), targets.split(size))]

@@ -192,17 +192,17 @@ def start(scorer, question, solution, responses):
                 if judge.cfg.judge_check and judge.asked % 32 == 0:  # is it still a judge?
                     pair, right = list(PAIRS.items())[judge.asked // 32 % len(PAIRS)]
                     asked = judge.pool.submit(ask, judge, monotonic(), "What is it?", *pair)
-                    judge.known = [*judge.known[-9:], (right, asked)]
+                    judge.known = [*judge.known[-4:], (right, asked)]
             job.asked[answer] = verdict
     return job
 
 def finish(scorer, jobs):
     """Jobs -> for each a list of each response's dict(judge, embed, modality, format, overall) of
-    floats; the judge is None where it failed, or was wrong about 3 of the last 10 known answers."""
+    floats; the judge is None where it failed, or was wrong about 2 of the last 5 known answers."""
     texts = list(dict.fromkeys(t for job in jobs if job.asked for t in (job.truth, *job.asked)))
     vectors = dict(zip(texts, scorer.encode(texts) if texts else []))
     soft, threshold, judge = scorer.cfg.embed_soft, scorer.cfg.embed_threshold, scorer.judge
-    failed = judge and sum(known.result()[0] == 1 - right for right, known in judge.known) > 2
+    failed = judge and sum(known.result()[0] == 1 - right for right, known in judge.known) > 1
     if failed:
         judge.last_failure = f"judge_model={judge.cfg.judge_model} is wrong about known answers now"
     for job in jobs:

@@ -68,8 +68,8 @@ keep_checkpoints > 0
 log in ('', 'wandb')
 temperature > 0
 engine in ('vllm', 'torch')
-engine == 'vllm' or tensor_parallel == 1 and not engine_args
 tensor_parallel > 0
+engine == 'vllm' or tensor_parallel == 1 and not engine_args
 node_ranks % tensor_parallel == 0
 ranks % (shard_ranks or 1) == 0
 old_logprobs in ('trainer', 'engine')

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import traceback
 
 import datasets
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ def refusal(start, tmp_path, caches, process_group, monkeypatch):
 
     weights: whether they may have been read by then."""
     joined = (0, 1, torch.device("cpu"))  # a process joins one group only, and this one has
-    monkeypatch.setattr(common, "start", lambda: joined)
+    monkeypatch.setattr(common, "start", lambda signals: joined)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches)
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
     monkeypatch.chdir(ROOT)
@@ -84,7 +85,7 @@ UNKNOWN = {
     "engine": ("vlm", "'vllm', 'torch'"),
     "dtype": ("float16", "'bfloat16', 'float32'"),
     "log": ("wandbb", "'', 'wandb'"),
-    "judge": ("gpt", '"exact"'),
+    "judge": ("gpt", "'http', 'exact'"),
     "embedder": ("bert", "name ngram"),
 }
 
@@ -112,8 +113,8 @@ WRONG = [
     ({"validate_every": 0}, ["validate_every=0", "validate_every > 0"]),
     ({"save_every": 0}, ["save_every=0", "save_every > 0"]),
     ({"steps": 0, "epochs": 0}, ["steps=0, epochs=0", "steps + epochs > 0"]),
-    ({"weight_judge": 0.9}, ["weight_judge", "add up to 1"]),
-    ({"embed_threshold": 1.5}, ["embed_threshold=1.5", "within 0 .. 1"]),
+    ({"weight_judge": 0.9}, ["weight_*=", "'judge': 0.9", "the first three to a sum of 1"]),
+    ({"embed_threshold": 1.5}, ["embed_threshold=1.5", "embed_threshold <= 1"]),
     ({"prompt_template": "configs/nowhere.txt"},
      ["prompt_template 'configs/nowhere.txt'", "path", "{question}"]),
     ({"prompt_template": "Answer this!"}, ["prompt_template 'Answer this!'", "{question}"]),
@@ -218,10 +219,13 @@ def test_config_file(refusal, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, part", [("loss = 'grpo", "line 2"), ("accept_changes = true", "true")])
+    "text, part", [("loss = 'grpo", "unterminated"), ("accept_changes = true", "'true'")])
 def test_config_file_that_is_no_python(refusal, tmp_path, text, part):
+    """Python's own words: they point at the line."""
     (tmp_path / "mine.py").write_text(f"seed = 1\n{text}\n")
-    assert_says(refusal(tmp_path / "mine.py"), "mine.py", part)
+    with pytest.raises((SyntaxError, NameError)) as error:
+        refusal(tmp_path / "mine.py")
+    assert_says("".join(traceback.format_exception(error.value)), "mine.py\", line 2", part)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -352,6 +356,7 @@ def test_out_dir_of_a_run_with_another_seed(refusal, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints/step_000002").mkdir(parents=True)
     (run / "checkpoints/latest").symlink_to("step_000002")
+    (run / "checkpoints/step_000002/manifest.json").write_text("{}")
     (run / "config.json").write_text(json.dumps({"seed": 7, "changes": []}))
     (run / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     message = refusal(seed=1)

@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from judge_server import always, completion, free_port, judge
+from judge_server import always, completion, free_port, judge, knows
 from ranks import ROOT
 from scoring import score
 
@@ -416,6 +416,67 @@ def test_judge_check_refuses_a_judge_that_knows_nothing(rule, pairs):
         assert message.startswith("judge_model=a-judge") and "judge_check=False" in message
         assert "choose another judge_model" in message and all(pair in message for pair in pairs)
         load(server)  # plumbing only
+
+
+KNOWN = {(truth, answer) for truth, answer in reward.PAIRS}
+
+
+def answers_asked(server):
+    return [r.answer for r in server.requests if (r.truth, r.answer) not in KNOWN]
+
+
+def test_known_answers_are_asked_again_now_and_then():
+    """One for 32 others, each of them in turn; a judge that is right about them notices nothing."""
+    with judge() as server:
+        scorer = load(server, judge_check=True)
+        for step in range(8):
+            assert verdicts(scorer, [f"{step} {i}" for i in range(24)]) == [0] * 24
+        assert len(answers_asked(server)) == 8 * 24
+        known = [(r.truth, r.answer) for r in server.requests if (r.truth, r.answer) in KNOWN]
+        assert len(known) == 8 * 24 // 32 and {*known} == KNOWN
+        assert not scorer.judge.last_failure
+
+
+@pytest.mark.parametrize("says", ["YES", "NO"])
+def test_a_judge_that_stops_judging_in_the_run_pays_nothing_more(says):
+    """What it says is no verdict as soon as it was wrong about 2 of the known answers, nor is what
+    it has said before; what is settled without it stays. A judge that is one again is believed."""
+    with judge() as server:
+        scorer = load(server, judge_check=True)
+        assert verdicts(scorer, ["ribs"]) == [0]
+        server.rule = lambda *_: says
+        for step in range(6):
+            group = [say(f"{step} {i}") for i in range(32)]
+            parts = score(scorer, "What is it?", X, [*group, say("left lung"), "", say("ribs")])
+            if parts[0]["judge"] is None:
+                break
+        assert len(answers_asked(server)) <= 1 + 32 * 5, "it was believed for too long"
+        assert [p["judge"] for p in parts] == [None] * 32 + [1, 0, None]
+        assert [p["overall"] is None for p in parts] == [True] * 32 + [False, False, True]
+        assert "judge_model=a-judge is wrong about known answers" in scorer.judge.last_failure
+        server.rule = knows
+        for step in range(5):
+            verdicts(scorer, [f"again {step} {i}" for i in range(32)])
+        server.requests.clear()
+        assert verdicts(scorer, ["0 0", "ribs"]) == [0, 0], "lies were remembered"
+        assert sorted(answers_asked(server)) == ["0 0", "ribs"]
+
+
+def test_without_judge_check_nothing_is_asked_on_the_way():
+    with judge(rule=lambda *_: "YES") as server:
+        scorer = load(server)
+        assert verdicts(scorer, [str(i) for i in range(200)]) == [1] * 200
+        assert len(server.requests) == 200
+
+
+def test_verdicts_are_not_remembered_for_ever(monkeypatch):
+    """A week of answers would fill the memory."""
+    with judge() as server:
+        scorer = load(server)
+        scorer.judge.verdicts.update(dict.fromkeys(range(2**16)))
+        verdicts(scorer, ["ribs"])
+        assert not scorer.judge.verdicts
+        assert verdicts(scorer, ["ribs"]) == [0] and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("what,said,advice", [

@@ -1,7 +1,6 @@
 """What the settings of policy.load promise: precision, freezing, checkpointing, decay; what
 memory() counts; and that a checkpoint is whole."""
 
-import json
 import os
 from pathlib import Path
 
@@ -184,16 +183,52 @@ def test_a_checkpoint_brings_back_weights_moments_and_steps(trained, path, tmp_p
             assert torch.equal(*(m.full_tensor() for m in moments)), name
 
 @pytest.mark.parametrize("harm", ["flip a bit", "cut off", "empty", "remove"])
-def test_a_damaged_checkpoint_is_refused(trained, tmp_path, harm):
-    policy.save_checkpoint(tmp_path, 2, *trained, {"best": None}, keep=1)
-    for name in json.loads((tmp_path / "latest/manifest.json").read_text()):
-        file = tmp_path / "latest" / name
+def test_a_harmed_checkpoint_is_set_aside_for_the_one_before(trained, tmp_path, capsys, harm):
+    """Each of its files in turn; and if none is left that is whole, nothing starts again."""
+    for step in (1, 2):
+        policy.save_checkpoint(tmp_path, step, *trained, {"best": None}, keep=2)
+    newest, last = tmp_path / "step_000002", tmp_path / "step_000001"
+    files = sorted(path.name for path in newest.iterdir())
+    assert {"manifest.json", "state.json"} < {*files}
+    for name in files:
+        file = newest / name
         content = file.read_bytes()
-        changed = {"flip a bit": content[:-1] + bytes([content[-1] ^ 1]), "cut off": content[:-1],
-                   "empty": b""}
+        changed = {"flip a bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+                   "cut off": content[:-1], "empty": b""}
         file.write_bytes(changed[harm]) if harm in changed else file.unlink()
-        said = "damaged" if harm in changed else "missing"
-        with pytest.raises(ValueError, match=rf"{name} is {said}: .*`latest`"):
-            policy.load_checkpoint(tmp_path / "latest", *trained)
+        assert policy.find_checkpoint(tmp_path) == last
+        said = capsys.readouterr().out
+        assert "is damaged or missing: set aside as damaged_step_000002, going on from" in said
+        # a manifest whose text was changed still reads: it then blames the file that it describes
+        assert name in said or name == "manifest.json"
+        aside = tmp_path / "damaged_step_000002"
+        assert not newest.exists() and policy.find_checkpoint(tmp_path) == last
+        assert capsys.readouterr().out == ""
+        aside.rename(newest)
         file.write_bytes(content)
-    assert policy.load_checkpoint(tmp_path / "latest", *trained) == {"best": None}
+    assert policy.find_checkpoint(tmp_path) == newest
+    for folder in (newest, last):
+        (folder / "state.json").unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no checkpoint is whole: .*step_000002/state.json is "
+                           r"damaged or missing, .*step_000001/state.json"):
+            policy.find_checkpoint(tmp_path)
+        assert newest.exists() and last.exists()
+
+def test_the_link_decides_where_a_run_goes_on_if_it_leads_anywhere(trained, tmp_path):
+    assert policy.find_checkpoint(tmp_path) is None
+    for step in (1, 2):
+        policy.save_checkpoint(tmp_path, step, *trained, {"best": None}, keep=2)
+    link = tmp_path / "latest"
+    for target, found in {"step_000001": 1, "step_000009": 2, "nowhere": 2, None: 2}.items():
+        link.unlink()
+        if target:
+            link.symlink_to(target)
+        assert policy.find_checkpoint(tmp_path) == tmp_path / f"step_{found:06d}"
+        link.unlink(missing_ok=True)
+        link.symlink_to("step_000001")
+
+def test_the_best_one_may_be_gone(trained, tmp_path):
+    """A run that fell back behind it must not leave a link that leads nowhere."""
+    policy.save_checkpoint(tmp_path, 5, *trained, {"best": [3, 0.5]}, keep=1)
+    assert os.readlink(tmp_path / "best") == "step_000005"

@@ -23,7 +23,10 @@ def group(rewards, judge=1.0, tokens=3):
     return {
         "row": tokens,
         "ids": [1] * 5,
-        "responses": [{"ids": [7] * tokens, "parts": p, "finish_reason": "stop"} for p in parts],
+        "responses": [
+            {"ids": [7] * tokens, "parts": p, "finish_reason": "stop", "answer": answer}
+            for p, answer in zip(parts, ("left", "left", None))
+        ],
     }
 
 
@@ -45,10 +48,15 @@ def test_a_group_with_an_unscored_response_is_dropped_not_paid_zero(process_grou
         "groups/zero_std": 1,
         "groups/all_right": 1,
         "groups/all_wrong": 1,
+        "answers/distinct": pytest.approx(2 / 3),  # "left" twice, and none
+        "answers/longest": 0.5,
+        "tokens": 9 * (5 + 3),
     }
     means = common.response_metrics(groups)
     assert means["reward/unscored"] == pytest.approx(1 / 9)
     assert means["reward/overall"] == pytest.approx((1 + 0 + 1 + 0 + 0.5 + 1.5) / 8)
+    assert means["reward/agreement"] == pytest.approx(3 / 8)  # the embedder says 0 to all
+    assert means["answers/chars"] == pytest.approx(6 * 4 / 9)
 
 
 def test_unscored_groups_leave_the_normaliser_and_equal_ones_stay(process_group, monkeypatch):
@@ -106,7 +114,7 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
         return iter(())
 
     monkeypatch.setattr(train_grpo.rollout, "generate", generate)
-    run.scorer = SimpleNamespace(encode=None, cfg=run.cfg)
+    run.scorer = SimpleNamespace(encode=None, cfg=run.cfg, judge=None)
 
     def prompts(step, first=0):
         rows = data.order(run.train.keep, run.cfg.seed, 0, 7)
@@ -123,17 +131,22 @@ def test_a_row_that_comes_twice_in_a_step_is_drawn_twice(run, monkeypatch):
     assert prompts(1, first=4) == first[4:], "another round of a step goes on where it ended"
 
 
-def test_validation_rows_that_are_trained_on_are_said(run, capsys):
+def test_validation_rows_that_are_trained_on_are_said(run, capsys, tmp_path, monkeypatch):
     run.reference = fsdp.fully_shard(torch.nn.Linear(10, 10, bias=False, dtype=torch.bfloat16))
+    run.cfg.out_dir, disk = str(tmp_path), SimpleNamespace(free=4.7e-6)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: disk)
     common.print_arithmetic(run)
     out = capsys.readouterr().out
     assert "of the val questions, images included, are in train, too" in out
     assert "GB per rank: 1.2e-06 at rest, 1.6e-06 in updates" in out  # 12 and 16 bytes a weight
+    assert "1.2e-06 a checkpoint, up to 4 at once, 4.7e-15 free: TOO LITTLE" in out
+    disk.free = 4900.0
     run.val = SimpleNamespace(**{**vars(run.val), "hashes": ["another"]})
     run.cfg.kl_coef = 0.01
     run.reference.requires_grad_(False)
     common.print_arithmetic(run)
-    assert "warning" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "warning" not in out and "4.9e-06 free\n" in out
 
 
 def gap_run(**settings):

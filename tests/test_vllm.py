@@ -4,7 +4,6 @@ Run by make test-vllm, in an environment of its own."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -21,8 +20,6 @@ from test_train import (
     tensors,
     texts,
 )
-
-import rollout
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -159,14 +156,3 @@ def test_an_engine_that_does_not_start_is_one_line(start, tmp_path, settings, sa
     run = torchrun(1, *arguments(start, tmp_path / "run", **VLLM | settings), env=ENV, check=False)
     [line] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
     assert run.returncode and "vLLM" in line and "does not start" in line and said in line
-
-
-def test_a_version_that_was_not_tried_is_said(start, monkeypatch, capsys):
-    import vllm
-
-    monkeypatch.setattr(vllm, "__version__", "9.9.9")
-    monkeypatch.setattr(vllm, "LLM", lambda **args: SimpleNamespace(args=args))
-    settings = tiny_models.settings(f"{start}/model", engine="vllm")
-    engine = rollout.load(settings, torch.device("cpu"), None)
-    assert "warning: vLLM 9.9.9 was not tried" in capsys.readouterr().out
-    assert engine.llm.args["load_format"] == "dummy"
