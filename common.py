@@ -47,6 +47,8 @@ def load_config(defaults, argv):
             if type(config[name]) is not want:
                 raise ValueError(f"{arg}: {name} must be of type {want.__name__}, like "
                                  f"{defaults[name]!r}, not {type(value).__name__} {value!r}")
+    if "@" in config.get("judge_url", "") or "-" in config.get("judge_api_key_env", ""):
+        raise ValueError("judge_url, judge_api_key_env are recorded: name a variable with the key")
     return SimpleNamespace(**config)
 
 def check(cfg, ranks):
@@ -209,8 +211,7 @@ def finish_step(run, metrics, validate, save, last=False):
     check_goes_on(run, metrics.get("val/reward/unscored", 0.0))
 
 def update_metrics(run, groups, done, norms):
-    """What backward() returned for each row -> means over the tokens, of losses over the updates.
-    Tells all ranks what each response added to the loss; rollouts/ shows it."""
+    """What backward() returned -> means over tokens, of losses over updates. Shares r["loss"]."""
     done, responses = sum(gather(done), []), [r for g in groups for r in g["responses"]]
     for r, parts in zip(responses, zip(*gather([r.get("loss", 0.0) for r in responses]))):
         r["loss"] = sum(parts)

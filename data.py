@@ -1,5 +1,4 @@
 """Rows -> prompts: reads the data, checks every row before training starts, prepares ids, pixels.
-
 One record. In parquet an image is bytes; in .json / .jsonl a path relative to that file, a list of
 paths, or missing. `images` will do for `image`:
     {"problem": "Which side?", "solution": "<X_RAY> Left.", "image": [{"bytes": b"\\xff\\xd8..."}]}
@@ -22,8 +21,7 @@ from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # none that starts a program
-Image.MAX_IMAGE_PIXELS //= 2  # Pillow refuses what has twice as many, 89 million, unread
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()  # EPS would start Ghostscript
 
 def is_local(path):
     """Whether a path is there, not on the hub. ValueError for a typo in one meant to be there."""
@@ -37,8 +35,8 @@ def load_processor(model):
     if is_local(model) and not Path(model, "tokenizer.json").is_file():  # else an empty one is made
         raise ValueError(f"model {model} lacks tokenizer.json: copy from the original model")
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         tokenizer.get_chat_template()  # raises if there is none
         pixels, vision = get_image_processor_config(model), config.vision_config
         return SimpleNamespace(
@@ -91,11 +89,8 @@ def read_rows(source, columns=("problem", "solution"), subsets=(None,)):
     if not {*columns} <= {*rows.column_names} or not len(rows):
         raise ValueError(f"{source} needs rows with the columns {' and '.join(columns)}; it has "
                          f"{len(rows)} rows and the columns {', '.join(rows.column_names)}")
-    info, folder = rows.info.copy(), path if os.path.isdir(path) else os.path.dirname(path)
-    for kind in info.features.values():  # cast_column() would write a column of lists anew
-        if isinstance(kind := getattr(kind, "feature", kind), datasets.Image):
-            kind.decode = False
-    return datasets.Dataset(rows.data, info=info), os.path.abspath(folder)
+    table = rows.data.replace_schema_metadata(None)  # of an image, which datasets would decode
+    return datasets.Dataset(table), os.path.abspath(path if os.path.isdir(path) else path + "/..")
 
 def decode(image):
     """{"bytes": a file's} -> upright RGB PIL image, not resized."""
@@ -146,7 +141,13 @@ def read_row(data, i):
     images = images if isinstance(images, list) else [] if images is None else [images]
     images = [x if isinstance(x, dict) else {"path": x} for x in images]
     try:
-        files = [x.get("bytes") or Path(data.folder, str(x["path"])).read_bytes() for x in images]
+        paths = [None if x.get("bytes") else Path(data.folder, str(x["path"])) for x in images]
+        if odd := [p for p in paths if p and p.exists() and not p.is_file()]:
+            raise ValueError(f"{odd[0]} is no file")  # but a device, which might never end
+        files = [x.get("bytes") or p.read_bytes() for x, p in zip(images, paths)]
+        sizes = [Image.open(io.BytesIO(file), formats=FORMATS).size for file in files]
+        if sum(width * height for width, height in sizes) > 2**26:
+            raise ValueError(f"sizes {sizes}, above {2**26} pixels a row: make them smaller")
         pictures = [decode({"bytes": file}) for file in files]
         grid = grids_of([x.size for x in pictures], processor, cfg.min_pixels, cfg.max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds, by format and damage

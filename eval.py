@@ -139,7 +139,7 @@ def generate(run):
         mine = [sum(mine, [])]  # one pool, which refills itself
     else:
         rollout.sync(engine, transformers.AutoModelForImageTextToText.from_pretrained(
-            cfg.model, dtype=cfg.dtype).state_dict().items())
+            cfg.model, dtype=cfg.dtype, use_safetensors=True).state_dict().items())
     decode = run.processor.tokenizer.decode
     for chunk in mine:
         for prompt, [r] in rollout.generate(engine, prompts(chunk), group_size=1, top_p=cfg.top_p,

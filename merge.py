@@ -3,6 +3,7 @@
 After training with lora_rank, --adapter writes the adapter alone, as peft and transformers read it.
 Run it where the training was started, on a CPU. It holds the model once, in the type written."""
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -77,7 +78,8 @@ def make(checkpoint, base, folder, run, dtype, adapter):
     arguments = cfg, torch.device("cpu"), lambda images: data.patches(images, processor)
     engine = rollout.load(*arguments)
     engine.model = None  # before the next one comes
-    engine.model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    load = functools.partial(AutoModelForImageTextToText.from_pretrained, use_safetensors=True)
+    engine.model = load(base, dtype=dtype)
     policy.choose_trained(engine.model, cfg)
     read(checkpoint, engine.model)
     expected = logprobs(engine, processor)
@@ -92,7 +94,7 @@ def make(checkpoint, base, folder, run, dtype, adapter):
             cfg.model, cfg.engine = str(folder), "vllm"
             engine = rollout.load(*arguments)
         else:
-            engine.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+            engine.model = load(folder, dtype=dtype)
         gap, limit = (logprobs(engine, processor) - expected).abs().mean(), limits[name]
         print(f"log-probs by {name} and of the checkpoint differ by {gap:.2g}, limit {limit}")
         if not gap <= limit:

@@ -38,7 +38,8 @@ def load(cfg, device, trainable=True):
     storage = torch.float32 if trainable and not cfg.lora_rank else dtype
     weights, buffers, rank, world = {}, {}, dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        full = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=storage)
+        full = AutoModelForImageTextToText.from_pretrained(
+            cfg.model, dtype=storage, use_safetensors=True)
         choose_trained(full, cfg, trainable)
         weights, buffers = full.state_dict(), dict(full.named_buffers())
     AttentionInterface.register("packed", packed_attention)
@@ -122,16 +123,15 @@ def _tensors(model, pieces, spare, load):
     images, grid (n, 3); sources (N,), where a response token is predicted, targets (N,); mask,
     engine logprobs (B, R), advantage (B, 1); members, the responses. Without pieces: weight 0."""
     config, merge = model.config, model.config.vision_config.spatial_merge_size
-    weight = float(len(pieces) > 0)
-    pieces = [(load(group), responses) for _, group, responses in pieces or [spare]]
-    if not any(group["images"] for group, _ in pieces):
+    parts = [(load(group), responses) for _, group, responses in pieces or [spare]]
+    if not any(group["images"] for group, _ in parts):
         # The vision tower runs on every row, or FSDP's collectives would not line up: on an image
         # of one token more, to which nothing attends.
         side = merge * config.vision_config.patch_size
-        pieces = [*pieces, ({"ids": [config.image_token_id], "grid": [(1, merge, merge)],
-                             "images": [np.zeros((side, side, 3), np.uint8)]}, [])]
+        parts.append(({"ids": [config.image_token_id], "grid": [(1, merge, merge)],
+                       "images": [np.zeros((side, side, 3), np.uint8)]}, []))
     ids, positions, sources = [], [], []
-    for group, members in pieces:
+    for group, members in parts:
         prompt, grid = torch.tensor([group["ids"]]), torch.tensor(group["grid"])
         mrope = model.model.get_rope_index(
             prompt, (prompt == config.image_token_id).int(), image_grid_thw=grid)[0][:, 0]  # (3, L)
@@ -143,17 +143,17 @@ def _tensors(model, pieces, spare, load):
             sources += [last, *range(len(ids), len(ids) + len(response["ids"]) - 1)]
             ids += response["ids"]
             positions.append(after + torch.arange(len(response["ids"])))
-    responses = [r for _, members in pieces for r in members]
+    responses = [r for _, members in parts for r in members]
     return {
         "input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None],
-        "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for g, rs in pieces],
-        "images": [x for g, _ in pieces for x in g["images"]], "sources": torch.tensor(sources),
-        "grid": torch.tensor([x for g, _ in pieces for x in g["grid"]]),
+        "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for g, rs in parts],
+        "images": [x for g, _ in parts for x in g["images"]], "sources": torch.tensor(sources),
+        "grid": torch.tensor([x for g, _ in parts for x in g["grid"]]),
         "targets": torch.tensor([t for r in responses for t in r["ids"]]),
         "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
         "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses,
-        "weight": weight}
+        "weight": float(len(pieces) > 0)}
 
 def packed_attention(module, query, key, value, attention_mask, scaling, segments, **_):
     """Attention of a packed row, (1, heads or kv heads, T, D) each -> (1, T, heads, D), None: each

@@ -110,9 +110,9 @@ if __name__ == "__main__":
         else:
             content = rollouts(Path(*folders), args.step) if command else results(Path(*folders))
             page = Path(__file__).with_name("assets").joinpath("report.html").read_text("utf-8")
-            text = json.dumps(content).replace("<", "\\u003c")  # no text can end its <script>
+            text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
             out = args.out or Path(*folders, "page.html")
             out.write_text(page.replace("{{data}}", text), "utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         hint = ": give a run's out_dir, or results that eval.py has scored"
         raise SystemExit(f"error: {error}{hint * isinstance(error, OSError)}") from error

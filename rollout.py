@@ -94,8 +94,7 @@ def generate(engine, prompts, **sampling):
     prompts: iterable, read while the engine works: dicts of row, ids (images expanded), images
     ((h, w, 3) uint8), grid, seed. sampling: group_size, temperature (0: greedy), max_tokens, top_p.
     Response i draws from generator(seed + i), whatever else is in the batch. responses: dicts of
-    ids, logprobs (of the distribution sampled from; at temperature 1 if greedy; banned ids
-    excluded), finish_reason ("stop", its stop id included, or "length")."""
+    ids, logprobs (as sampled; if greedy at temperature 1), finish_reason ("stop" or "length")."""
     yield from (_generate_vllm if engine.llm else _decode)(engine, prompts, **sampling)
 
 def _generate_vllm(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):

@@ -175,10 +175,9 @@ def backward(run, update, row):
     loss.sum().mul(run.world).backward()
     for response, part in zip(row["members"], loss.sum(1).tolist()):
         response["loss"] = response.get("loss", 0.0) + part
-    counted = mask * row["weight"]
-    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": counted,
-            "entropy": entropy * counted,
-            **{f"clip_frac/{k}": v * counted for k, v in clipped.items()}}
+    count = mask * row["weight"]
+    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": count,
+            "entropy": entropy * count, **{f"clip_frac/{k}": v * count for k, v in clipped.items()}}
     alone = sum(p + n for p, lengths in row["segments"] for n in lengths)
     return {k: v.sum().item() for k, v in sums.items()} | {
         "packed": row["input_ids"].numel() * row["weight"], "alone": alone * row["weight"]}

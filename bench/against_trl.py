@@ -168,7 +168,7 @@ def compare(ratio, folder):
     for name, worker in workers.items():  # a first update, which also makes AdamW's state
         path = folder / "gradient"
         updates.ask([worker], f"gradient {path}")
-        found[name]["gradient"] = torch.load(path)
+        found[name]["gradient"] = torch.load(path, weights_only=True)
     mine = found["ours"]["gradient"]
     norm = torch.stack([g.norm() for g in mine.values()]).norm()
     for name in workers:

@@ -66,7 +66,7 @@ def main():
         saved = {world: Path(folder, f"gradient_{world}") for world in runs}
         for world, workers in runs.items():  # a first update warms up, too
             updates.ask(workers, str(saved[world]))
-        one, two = (torch.load(path) for path in saved.values())
+        one, two = (torch.load(path, weights_only=True) for path in saved.values())
         norm = torch.stack([g.norm() for g in one.values()]).norm()
         gap = (torch.stack([(g - two[n]).norm() for n, g in one.items()]).norm() / norm).item()
         times = {world: [] for world in runs}
