@@ -1,0 +1,490 @@
+"""A run cannot be lost: faults at random moments, restarts, and then all as in the unbroken run.
+    python tests/faults.py --rounds 5 [--seed 1] [--only kill_rank,damaged] [--short]
+Each kind below is a function that breaks one run in its way. A round's seed fixes what it does and
+when, but for the machine's speed. Prints a table; exit code 1 and the folder kept on a loss."""
+import os
+
+import clock
+
+if __name__ == "__main__":
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    clock.preload()
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import SkipTest
+
+import forks
+import numpy as np
+from judge_server import judge
+from ranks import ROOT
+from safetensors.numpy import load_file  # torch's threads would not survive a fork
+
+STEPS = 8
+SETTINGS = dict(steps=STEPS, prompts_per_step=2, group_size=4, val_prompts=2, save_every=1,
+                max_response_tokens=20, val_temperature=0.0, validate_every=4, keep_checkpoints=3,
+                embed_soft=True)
+
+
+def new_room(folder, start, **more):
+    """A place for one run: its folder and command, and what has happened so far."""
+    folder.mkdir()
+    room = SimpleNamespace(folder=folder, out=folder / "run", start=start, faults=0, lives=0,
+                           env={}, settings={}, real=False)
+    room.__dict__.update(more)
+    return room
+
+
+def command(room):
+    settings = dict(model=room.start / "model", train_data=room.start / "data",
+                    val_data=f"{room.start}/data@val", out_dir=room.out)
+    settings |= SETTINGS | room.settings
+    return ["train_grpo.py", "configs/tiny.py", *(f"--{k}={v}" for k, v in settings.items())]
+
+
+# --- what a run has -------------------------------------------------------------------------------
+
+
+def step_lines(out):
+    """{step: line} of metrics.jsonl, the whole ones; a step must not come twice."""
+    path = out / "metrics.jsonl"
+    text = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = [(json.loads(x)["step"], x) for x in text if x.endswith(b"}\n")]
+    assert len(dict(found)) == len(found), f"a step is there twice: {[s for s, _ in found]}"
+    return dict(found)
+
+
+def is_whole(folder):
+    """Our own check: the manifest names all files, and with their sums."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return bool(manifest) and {"state.json"} < set(manifest) and all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            for name, digest in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(out):
+    """The folders of all whole checkpoints, oldest first."""
+    return [f for f in sorted((out / "checkpoints").glob("step_??????")) if is_whole(f)]
+
+
+def newest(out):
+    """The step from which a restart must go on: that of `latest`, or of the newest whole one."""
+    latest = (out / "checkpoints/latest").resolve()
+    found = [latest] if is_whole(latest) else checkpoints(out)
+    return int(found[-1].name[-6:]) if found else -1
+
+
+def contents(room):
+    """All of a finished run that must not depend on faults."""
+    lines = {step: {k: v for k, v in json.loads(line).items()
+                    if not k.startswith(("time/", "perf/"))}
+             for step, line in step_lines(room.out).items()}
+    last = room.out / f"checkpoints/step_{STEPS:06d}"
+    weights = {f"{f.name}:{k}": v for f in sorted(last.glob("*.safetensors"))
+               for k, v in load_file(f).items()}
+    rollouts = {f.name: f.read_bytes() for f in (room.out / "rollouts").glob("*.jsonl")}
+    return SimpleNamespace(lines=lines, weights=weights, rollouts=rollouts)
+
+
+def compare(room, whole):
+    """AssertionError, unless this run is the unbroken one."""
+    ours, last = contents(room), room.out / "checkpoints/latest"
+    assert [*ours.lines] == [*whole.lines], f"steps in metrics.jsonl: {[*ours.lines]}"
+    for step, line in whole.lines.items():
+        wrong = {k: (ours.lines[step].get(k), v) for k, v in line.items()
+                 if ours.lines[step].get(k) != v}
+        assert ours.lines[step] == line, f"step {step}, (ours, unbroken): {wrong}"
+    for name in ("rollouts", "weights"):
+        a, b = getattr(ours, name), getattr(whole, name)
+        assert a.keys() == b.keys(), f"{name}: {a.keys() ^ b.keys()}"
+        wrong = [k for k in a if not np.array_equal(a[k], b[k])]
+        assert not wrong, f"{name} differ: {wrong}"
+    assert os.readlink(last) == f"step_{STEPS:06d}" and is_whole(last)
+
+
+# --- lives ----------------------------------------------------------------------------------------
+
+
+def moment(room, first=0):
+    """When to strike: seconds after the start, or after a step's line, rollouts, or folder."""
+    what = room.rng.choice(["start", "line", "line", "rollouts", "partial", "partial"])
+    seconds = {"start": 14 if room.real else 4, "line": 0.4, "rollouts": 0.1, "partial": 0.08}[what]
+    step = room.rng.randrange(max(first, 1), STEPS)
+    return what if not first else "line", step, room.rng.uniform(0, seconds)
+
+
+def reach(room, life, moment):
+    """Wait for the moment; False: the run has ended before."""
+    what, step, seconds = moment
+    names = {"rollouts": f"rollouts/step_{step:06d}.jsonl",
+             "partial": f"checkpoints/step_{step:06d}.partial"}
+    until = time.monotonic() + 150
+    while life.poll() is None and time.monotonic() < until:
+        if what == "start" or (step in step_lines(room.out) if what == "line" else
+                               (room.out / names[what]).exists()):
+            time.sleep(seconds)
+            return life.poll() is None
+        time.sleep(0.001)
+    return False
+
+
+def play(room, when=None, hit=None, patience=150):
+    """One life of the run, hit(life) at a moment: exit code and output, whether it was hit. What
+    was logged up to the newest whole checkpoint is still there afterwards."""
+    kept = {s: x for s, x in step_lines(room.out).items() if s <= newest(room.out)}
+    room.lives, struck = room.lives + 1, False
+    log = room.folder / f"life_{room.lives}.log"
+    life = forks.launch(command(room), log, room.env, room.real)
+    try:
+        if hit and reach(room, life, when):
+            room.faults, struck = room.faults + 1, True
+            hit(life)
+        ranks = forks.children(life.pid)
+        code = life.wait(patience)
+    except subprocess.TimeoutExpired as late:
+        ranks = forks.children(life.pid)
+        raise AssertionError(f"no end after {patience} s: {log.read_text()[-2000:]}") from late
+    finally:
+        forks.kill(life.pid, *ranks)
+    after = step_lines(room.out)
+    lost = [step for step, line in kept.items() if after.get(step) != line]
+    assert not lost, f"steps {lost} were saved and are lost, or were logged again"
+    return SimpleNamespace(code=code, text=log.read_text(), hit=struck)
+
+
+def finish(room, tries=1):
+    """Start it again until it ends: the first try must do it, and from where it was."""
+    for left in range(tries)[::-1]:
+        step = newest(room.out)
+        life = play(room)
+        if life.code == 0 or not left:
+            break
+    assert life.code == 0, f"the restart fails: {life.text[-3000:]}"
+    if step >= 0:
+        assert f"after step {step}" in life.text, f"it did not go on after step {step}"
+
+
+def advice(life, *words):
+    """The run has ended with one line that has all the words."""
+    lines = [x for x in life.text.splitlines() if x.startswith("error: ")]
+    assert life.code, "it ended as if all were well"
+    assert len(lines) == 1, f"not one line of advice: {lines}\n{life.text[-3000:]}"
+    assert all(str(w) in lines[0] for w in words), f"{words} are not all in: {lines[0]}"
+
+
+# --- kinds: what happens to a run -----------------------------------------------------------------
+
+
+def kill_rank(room):
+    """One rank is killed, as by a lack of memory: torchrun ends the other, nothing saved is lost.
+    Twice, so that a restart is hit as well."""
+    for _ in range(room.twice):
+        def hit(life):
+            forks.kill(*room.rng.sample(forks.children(life.pid)[:2], 1))
+        play(room, moment(room), hit)
+    finish(room)
+
+
+def kill_all(room):
+    """Both ranks and torchrun are killed, as by a loss of power, but for the disk's cache."""
+    for _ in range(room.twice):
+        play(room, moment(room), lambda life: forks.kill(*forks.children(life.pid), life.pid))
+    finish(room)
+
+
+def kill_torchrun(room):
+    """torchrun is killed, its ranks a moment later, as a scheduler does."""
+    def hit(life):
+        ranks = forks.children(life.pid)
+        forks.kill(life.pid)
+        time.sleep(room.rng.uniform(0, 0.5))
+        forks.kill(*ranks)
+    for _ in range(room.twice):
+        play(room, moment(room), hit)
+    finish(room)
+
+
+def orphans(room):
+    """torchrun is killed and the run is started again while its ranks may still be at work."""
+    left = []
+    def hit(life):
+        left.extend(forks.children(life.pid))
+        forks.kill(life.pid)
+    play(room, ("line", room.rng.randrange(1, 4), room.rng.uniform(0, 0.2)), hit)
+    room.alive_s = time.monotonic()
+    killer = forks.fork(lambda: (time.sleep(room.rng.uniform(0, 3)), forks.kill(*left)))
+    try:
+        finish(room, tries=6)
+    finally:
+        killer.wait()
+
+
+def sigterm(room, choose=lambda room, life: life.pid):
+    """A scheduler's SIGTERM to torchrun: within 60 s the run ends, and all logged steps are saved.
+    """
+    room.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"
+    room.settings["save_every"] = room.rng.choice([1, 2, 100])
+    when = moment(room, room.rng.choice([0, 1, 1]))
+    life = play(room, when, lambda life: forks.kill(choose(room, life), number=signal.SIGTERM), 60)
+    logged = max(step_lines(room.out), default=-1)
+    if life.hit and life.code and logged >= 0:
+        advice(life, "SIGTERM")
+        assert logged == 0 or newest(room.out) == logged, \
+            f"step {logged} was logged, {newest(room.out)} saved"
+    finish(room)
+
+
+def sigterm_rank(room):
+    """SIGTERM to one rank only: the others follow it."""
+    sigterm(room, lambda room, life: room.rng.choice(forks.children(life.pid)[:2] or [life.pid]))
+
+
+@contextlib.contextmanager
+def small_disk(room, *options):
+    """room.out on a disk of 64 MB in memory. SkipTest where this user may not mount one."""
+    disk = room.folder / "disk"
+    disk.mkdir()
+    kind = ",".join(["size=64m", *options])
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", kind, "none", disk], capture_output=True)
+    if done.returncode:
+        raise SkipTest(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+    try:
+        room.out = disk / "run"
+        yield disk
+    finally:
+        if sys.exc_info()[0] not in (None, SkipTest):  # a loss: keep what there is
+            shutil.copytree(disk, room.folder / "disk_as_it_was", symlinks=True)
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def disk_full(room):
+    """The disk is full from some moment on: in a checkpoint, in metrics.jsonl or in rollouts. One
+    line says so, what is saved stays whole, and with room again the run goes on."""
+    with small_disk(room) as disk:
+        ballast, leave = disk / "ballast", room.rng.choice([0, 50_000, 2_000_000, 6_000_000])
+
+        def hit(life):
+            while life.poll() is None:  # what is pruned is taken, too
+                free = shutil.disk_usage(disk).free - leave
+                if free > 0:
+                    with open(ballast, "ab") as f, contextlib.suppress(OSError):
+                        f.write(bytes(free))
+                time.sleep(0.01)
+
+        life = play(room, moment(room, room.rng.choice([0, 1])), hit)
+        if life.hit:
+            advice(life, "No space left", room.out)
+        ballast.unlink(missing_ok=True)
+        finish(room)
+        compare(room, room.whole)
+
+
+def readonly(room):
+    """The disk cannot be written to, from the start or from some moment on: as if it were full."""
+    late = room.rng.random() < 0.5
+    with small_disk(room, *([] if late else ["ro"])) as disk:
+        def remount(mode):
+            return subprocess.run(["mount", "-o", f"remount,{mode}", disk], capture_output=True)
+
+        def hit(life):
+            while life.poll() is None and remount("ro").returncode:  # busy: a file is being written
+                time.sleep(0.001)
+
+        life = play(room, moment(room, 1), hit if late else None)
+        if life.hit or not late:
+            room.faults += not late
+            advice(life, "Read-only file system", room.out)
+        assert not remount("rw").returncode
+        finish(room)
+        compare(room, room.whole)
+
+
+def harm(path, how):
+    """Damage a file as disks and people do."""
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        return path.unlink()
+    if how == "a bit":
+        content[len(content) // 2] ^= 4
+    path.write_bytes(content if how == "a bit" else content[:len(content) // 2 * (how == "half")])
+
+
+def damaged(room):
+    """A file of the checkpoint that `latest` names is damaged: said, and the one before is taken.
+    All checkpoints are damaged: said, and nothing is touched."""
+    when = ("line", room.rng.randrange(3, STEPS), room.rng.uniform(0, 0.2))
+    play(room, when, lambda life: forks.kill(*forks.children(life.pid), life.pid))
+    folders, n = checkpoints(room.out), newest(room.out)
+    if room.rng.random() < 0.25:
+        shutil.copytree(room.out, room.folder / "copy", symlinks=True)
+        for folder in folders:
+            harm(room.rng.choice(sorted(folder.iterdir())), "a bit")
+        advice(play(room), *(folder.name for folder in folders))
+        shutil.rmtree(room.out)
+        shutil.copytree(room.folder / "copy", room.out, symlinks=True)
+        return finish(room)
+    folder = room.out / f"checkpoints/step_{n:06d}"
+    file = room.rng.choice(sorted(folder.iterdir()))
+    harm(file, room.rng.choice(["deleted", "a bit", "half", "empty"]))
+    before = [f for f in folders if f != folder][-1]
+    life = play(room)
+    said = [x for x in life.text.splitlines() if file.name in x and folder.name in x]
+    assert len(said) == 1 and before.name in said[0], f"not one line about it: {said}"
+    assert life.code == 0, life.text[-3000:]
+    assert f"after step {int(before.name[-6:])}" in life.text, "it went on from elsewhere"
+    assert (folder.parent / f"damaged_{folder.name}").exists()
+
+
+def latest(room):
+    """The link `latest` is gone, or what it names: the newest whole checkpoint is taken."""
+    when = ("line", room.rng.randrange(3, STEPS), room.rng.uniform(0, 0.2))
+    play(room, when, lambda life: forks.kill(*forks.children(life.pid), life.pid))
+    link = room.out / "checkpoints/latest"
+    how = room.rng.choice(["gone", "target", "elsewhere"])
+    if how == "target":
+        shutil.rmtree(link.resolve())
+    else:
+        link.unlink()
+    if how == "elsewhere":
+        link.symlink_to("step_000099")
+    step = newest(room.out)
+    life = play(room)
+    assert life.code == 0, life.text[-3000:]
+    assert f"after step {step}" in life.text, f"it did not go on after step {step}"
+    assert any("latest" in x and f"step_{step:06d}" in x for x in life.text.splitlines()), \
+        "it is not said that `latest` was of no use"
+
+
+def wall_clock(room):
+    """The wall clock jumps by hours, back and forth, and a rank is killed: nothing needs it."""
+    if not clock.there():
+        raise SkipTest("no gcc to build shift_clock.c with")
+    room.env["SHIFT_CLOCK"] = "1"
+    life = play(room, moment(room), lambda life: forks.kill(*forks.children(life.pid)[:1]))
+    room.faults += not life.hit
+    finish(room)
+
+
+def judge_out(room):
+    """The judge is away for a while: this costs time, nothing else."""
+    asked, server = room.folder / "asked", None
+
+    def serve():
+        def rule(*_):
+            with open(asked, "a") as f:
+                f.write("?")
+            return "NO"  # as the exact match says of what is not equal
+        with judge(rule=rule, port=room.port):
+            signal.pause()
+
+    def hit(life):
+        nonlocal server
+        forks.kill(server.pid)
+        server.wait()
+        time.sleep(2 if room.short else 120)
+        server = forks.fork(serve)
+
+    with judge() as free:
+        room.port = free.port
+    server = forks.fork(serve)
+    room.settings |= dict(judge="http", judge_url=f"http://127.0.0.1:{room.port}/v1",
+                          judge_check=False)
+    try:
+        life = play(room, moment(room, 1), hit, 400)
+        assert life.code == 0, life.text[-3000:]
+        assert asked.exists(), "nobody was asked"
+    finally:
+        forks.kill(server.pid)
+
+
+KINDS = {f.__name__: f for f in (kill_rank, kill_all, kill_torchrun, orphans, sigterm, sigterm_rank,
+                                 disk_full, readonly, damaged, latest, wall_clock, judge_out)}
+
+
+def play_round(kind, name, args, start, whole):
+    """One round -> its row of the table: faults, restarts, what was lost or why it was skipped."""
+    room = new_room(Path(args.folder, name), start, rng=random.Random(f"{args.seed} {name}"),
+                    whole=whole, short=args.short, twice=1 if args.short else 2)
+    room.real = not args.short and name.endswith(("3", "7"))
+    row, begin = SimpleNamespace(kind=kind, name=name, lost="", skipped=""), time.monotonic()
+    try:
+        KINDS[kind](room)
+        if kind not in ("disk_full", "readonly"):  # their disk is gone
+            compare(room, whole)
+    except SkipTest as why:
+        row.skipped = str(why)
+    except Exception:
+        row.lost = traceback.format_exc()
+        print(f"LOST: {name}, seed {args.seed}, {room.folder}\n{row.lost}", flush=True)
+    row.faults, row.restarts = room.faults, max(room.lives - 1, 0)
+    row.seconds = time.monotonic() - begin
+    print(f"{name}: {row.skipped or ('LOST' if row.lost else 'ok')}, {row.faults} faults, "
+          f"{row.restarts} restarts, {row.seconds:.0f} s", flush=True)
+    if not row.lost:
+        shutil.rmtree(room.folder, ignore_errors=True)
+    return row
+
+
+def make_start(folder):
+    """The model of tiny.py, barely warmed up."""
+    tiny = [sys.executable, "tiny.py", "--out", folder, "--rows", "64", "--iterations", "40"]
+    subprocess.run(tiny, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def unbroken(folder, start):
+    room = new_room(folder, start)
+    life = play(room)
+    assert life.code == 0, life.text
+    whole = contents(room)
+    assert [*whole.lines] == [*range(STEPS + 1)]
+    learnt = sum("grad_norm" in line for line in whole.lines.values())
+    assert learnt > STEPS // 2, f"only {learnt} steps have an update: nothing to lose"
+    return whole
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default=",".join(KINDS))
+    parser.add_argument("--start", type=Path, help="what tiny.py has made; made anew if not given")
+    parser.add_argument("--short", action="store_true", help="forks only, a judge away for 2 s")
+    parser.add_argument("--json", type=Path, help="write the rounds here, too")
+    args = parser.parse_args()
+    args.folder = tempfile.mkdtemp(prefix="faults_")
+    start = args.start or make_start(Path(args.folder, "start"))
+    whole = unbroken(Path(args.folder, "unbroken"), start)
+    rows = [play_round(kind, f"{kind}_{i}", args, start, whole)
+            for i in range(args.rounds) for kind in args.only.split(",")]
+    print(f"{'kind':14}{'rounds':>8}{'faults':>8}{'restarts':>10}{'losses':>8}{'seconds':>9}")
+    for kind in args.only.split(","):
+        mine = [r for r in rows if r.kind == kind]
+        sums = [sum(r.faults for r in mine), sum(r.restarts for r in mine),
+                sum(bool(r.lost) for r in mine), sum(r.seconds for r in mine)]
+        print(f"{kind:14}{len(mine):8}{sums[0]:8}{sums[1]:10}{sums[2]:8}{sums[3]:9.0f}",
+              *{f" skipped: {r.skipped}" for r in mine if r.skipped})
+    if args.json:
+        args.json.write_text(json.dumps([vars(r) for r in rows]))
+    if lost := [r.name for r in rows if r.lost]:
+        sys.exit(f"lost: {', '.join(lost)}; see {args.folder}")
+    shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()
