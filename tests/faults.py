@@ -28,7 +28,7 @@ from unittest import SkipTest
 
 import forks
 import numpy as np
-from judge_server import judge
+from judge_server import free_port, judge
 from ranks import ROOT
 from safetensors.numpy import load_file  # torch's threads would not survive a fork
 
@@ -380,36 +380,38 @@ def wall_clock(room):
     finish(room)
 
 
-def judge_out(room):
-    """The judge is away for a while: this costs time, nothing else."""
-    asked, server = room.folder / "asked", None
+def open_judge(room):
+    """A judge at room.port, in a process that can be killed: room.server."""
+    def rule(*_):
+        with open(room.folder / "asked", "a") as f:
+            f.write("?")
+        return "NO"  # as the exact match says of what is not equal
 
     def serve():
-        def rule(*_):
-            with open(asked, "a") as f:
-                f.write("?")
-            return "NO"  # as the exact match says of what is not equal
         with judge(rule=rule, port=room.port):
             signal.pause()
 
-    def hit(life):
-        nonlocal server
-        forks.kill(server.pid)
-        server.wait()
-        time.sleep(2 if room.short else 120)
-        server = forks.fork(serve)
+    room.server = forks.fork(serve)
 
-    with judge() as free:
-        room.port = free.port
-    server = forks.fork(serve)
+
+def judge_out(room):
+    """The judge is away for a while: this costs time, nothing else."""
+    def hit(life):
+        forks.kill(room.server.pid)
+        room.server.wait()
+        time.sleep(2 if room.short else 120)
+        open_judge(room)
+
+    room.port = free_port()
     room.settings |= dict(judge="http", judge_url=f"http://127.0.0.1:{room.port}/v1",
                           judge_check=False)
+    open_judge(room)
     try:
         life = play(room, moment(room, 1), hit, 400)
         assert life.code == 0, life.text[-3000:]
-        assert asked.exists(), "nobody was asked"
+        assert (room.folder / "asked").exists(), "nobody was asked"
     finally:
-        forks.kill(server.pid)
+        forks.kill(room.server.pid)
 
 
 KINDS = {f.__name__: f for f in (kill_rank, kill_all, kill_torchrun, orphans, sigterm, sigterm_rank,
