@@ -220,16 +220,18 @@ def kill_torchrun(room):
 
 
 def orphans(room):
-    """torchrun is killed and the run is started again while its ranks may still be at work."""
-    left = []
+    """torchrun is killed and the run is started again while its ranks may still be at work: they
+    must not write into the run any more. A start that is refused until they are gone is fine."""
+    left, alive_s = [], room.rng.choice([0.2, 2, 20])
+
     def hit(life):
         left.extend(forks.children(life.pid))
         forks.kill(life.pid)
+
     play(room, ("line", room.rng.randrange(1, 4), room.rng.uniform(0, 0.2)), hit)
-    room.alive_s = time.monotonic()
-    killer = forks.fork(lambda: (time.sleep(room.rng.uniform(0, 3)), forks.kill(*left)))
+    killer = forks.fork(lambda: (time.sleep(alive_s), forks.kill(*left)))
     try:
-        finish(room, tries=6)
+        finish(room, tries=20)
     finally:
         killer.wait()
 
