@@ -149,7 +149,7 @@ def play(room, when=None, hit=None, patience=150):
     kept = {s: x for s, x in step_lines(room.out).items() if s <= newest(room.out)}
     room.lives, struck = room.lives + 1, False
     log = room.folder / f"life_{room.lives}.log"
-    life = forks.launch(command(room), log, room.env, room.real)
+    life, ranks = forks.launch(command(room), log, room.env, room.real), []
     try:
         if hit and reach(room, life, when):
             room.faults, struck = room.faults + 1, True
@@ -220,20 +220,42 @@ def kill_torchrun(room):
 
 
 def orphans(room):
-    """torchrun is killed and the run is started again while its ranks may still be at work: they
-    must not write into the run any more. A start that is refused until they are gone is fine."""
-    left, alive_s = [], room.rng.choice([0.2, 2, 20])
+    """torchrun is killed, its ranks hang, as on a disk that does not answer, and wake up when the
+    run has been started again: they must not write into it. A refused start is fine meanwhile."""
+    left, step = [], room.rng.randrange(1, 4)
 
     def hit(life):
         left.extend(forks.children(life.pid))
         forks.kill(life.pid)
+        forks.kill(*left, number=signal.SIGSTOP)
 
-    play(room, ("line", room.rng.randrange(1, 4), room.rng.uniform(0, 0.2)), hit)
-    killer = forks.fork(lambda: (time.sleep(alive_s), forks.kill(*left)))
+    def wake():
+        until = time.monotonic() + 20
+        while max(step_lines(room.out), default=0) < step + 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        forks.kill(*left, number=signal.SIGCONT)
+        time.sleep(room.rng.uniform(0.5, 5))
+        forks.kill(*left)
+
+    play(room, ("line", step, room.rng.uniform(0, 0.3)), hit)
+    waker = forks.fork(wake)
     try:
         finish(room, tries=20)
     finally:
-        killer.wait()
+        waker.wait()
+
+
+def twice(room):
+    """The same command is started by mistake while the run goes on: the second one is refused."""
+    second = SimpleNamespace(**vars(room))
+    second.lives, code = 100, []
+
+    def hit(_):
+        code.append(play(second))
+
+    life = play(room, ("line", room.rng.randrange(1, 4), 0), hit)
+    advice(code[0], room.out)
+    assert life.code == 0, life.text[-3000:]
 
 
 def sigterm(room, choose=lambda room, life: life.pid):
@@ -344,6 +366,9 @@ def damaged(room):
     file = room.rng.choice(sorted(folder.iterdir()))
     harm(file, room.rng.choice(["deleted", "a bit", "half", "empty"]))
     before = [f for f in folders if f != folder][-1]
+    if room.rng.random() < 0.5:  # it is not the first time
+        (folder.parent / f"damaged_{folder.name}").mkdir()
+        (folder.parent / f"damaged_{folder.name}/state.json").touch()
     life = play(room)
     named = "" if file.name == "manifest.json" else file.name  # that may accuse another
     said = [x for x in life.text.splitlines() if named in x and folder.name in x]
@@ -417,8 +442,9 @@ def judge_out(room):
         forks.kill(room.server.pid)
 
 
-KINDS = {f.__name__: f for f in (kill_rank, kill_all, kill_torchrun, orphans, sigterm, sigterm_rank,
-                                 disk_full, readonly, damaged, latest, wall_clock, judge_out)}
+KINDS = {f.__name__: f for f in (
+    kill_rank, kill_all, kill_torchrun, orphans, twice, sigterm, sigterm_rank, disk_full, readonly,
+    damaged, latest, wall_clock, judge_out)}
 
 
 def play_round(kind, name, args, start, whole):

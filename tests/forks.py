@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -25,12 +26,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def fork(function, log=None):
-    """Run it in a forked process, the leader of a group; returns what Popen would."""
+    """Run it in a forked process, the leader of a session; returns what Popen would."""
     sys.stdout.flush()
     if not (pid := os.fork()):
         code = 1
         try:
-            os.setpgid(0, 0)
+            os.setsid()
             for number in SIGNALS:  # as after an exec
                 signal.signal(number, signal.SIG_DFL)
             if log:
@@ -50,8 +51,8 @@ def fork(function, log=None):
             atexit._run_exitfuncs()
             sys.stdout.flush()
             os._exit(code)
-    with contextlib.suppress(OSError):  # whoever comes first
-        os.setpgid(pid, pid)
+    while os.getpgid(pid) != pid:  # a signal to its group must find it
+        time.sleep(0.0005)
     process = subprocess.Popen.__new__(subprocess.Popen)
     process.__dict__.update(
         pid=pid, args=[], returncode=None, stdin=None, stdout=None,

@@ -8,8 +8,8 @@ import sys
 import pytest
 from ranks import ROOT
 
-KINDS = """kill_rank kill_all kill_torchrun orphans sigterm sigterm_rank disk_full readonly damaged
-    latest wall_clock judge_out""".split()
+KINDS = """kill_rank kill_all kill_torchrun orphans twice sigterm sigterm_rank disk_full readonly
+    damaged latest wall_clock judge_out""".split()
 
 
 @pytest.fixture(scope="module")
@@ -29,4 +29,4 @@ def test_nothing_is_lost(rounds, kind):
     if rounds[kind]["skipped"]:
         pytest.skip(rounds[kind]["skipped"])
     assert not rounds[kind]["lost"], rounds[kind]["lost"]
-    assert rounds[kind]["faults"] and (rounds[kind]["restarts"] or kind == "judge_out")
+    assert rounds[kind]["faults"] and (rounds[kind]["restarts"] or kind in ("judge_out", "twice"))
