@@ -149,18 +149,18 @@ def play(room, when=None, hit=None, patience=150):
     kept = {s: x for s, x in step_lines(room.out).items() if s <= newest(room.out)}
     room.lives, struck = room.lives + 1, False
     log = room.folder / f"life_{room.lives}.log"
-    life, ranks = forks.launch(command(room), log, room.env, room.real), []
+    life = forks.launch(command(room), log, room.env, room.real)
     try:
         if hit and reach(room, life, when):
             room.faults, struck = room.faults + 1, True
             hit(life)
-        ranks = forks.children(life.pid)
         code = life.wait(patience)
     except subprocess.TimeoutExpired as late:
-        ranks = forks.children(life.pid)
         raise AssertionError(f"no end after {patience} s: {log.read_text()[-2000:]}") from late
     finally:
-        forks.kill(life.pid, *ranks)
+        if life.poll() is None:
+            forks.kill(*forks.children(life.pid), life.pid)
+            life.wait()
     after = step_lines(room.out)
     lost = [step for step, line in kept.items() if after.get(step) != line]
     assert not lost, f"steps {lost} were saved and are lost, or were logged again"
