@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import faults
 import forks
+import lives
 from judge_server import free_port
 
 EVERY, WARM_UP = 20, 50
@@ -48,7 +48,7 @@ def strike(room, what, life, ranks):
         forks.kill(room.server.pid)
         room.server.wait()
         time.sleep(1.5)
-        faults.open_judge(room)
+        lives.open_judge(room)
     elif what == "sigterm":
         forks.kill(life.pid, number=signal.SIGTERM)
     else:
@@ -64,8 +64,8 @@ def live(room, kinds, samples, deadline):
     step, rank, memory, files, threads)."""
     room.lives += 1
     log = room.folder / f"life_{room.lives}.log"
-    life, path = forks.launch(faults.command(room), log, room.env, room.real), room.out
-    first = seen = faults.newest(path) if room.lives > 1 else -1
+    life, path = forks.launch(lives.command(room), log, room.env, room.real), room.out
+    first = seen = lives.newest(path) if room.lives > 1 else -1
     ranks, due = [], max(first, 0) // EVERY * EVERY + EVERY
     try:
         while life.poll() is None:
@@ -90,7 +90,7 @@ def live(room, kinds, samples, deadline):
 def soak(room, kinds, patience):
     """A run from its first step to its last, over as many lives as its faults make of it."""
     samples, deadline, kinds = [], time.monotonic() + patience, itertools.cycle(kinds)
-    faults.open_judge(room)
+    lives.open_judge(room)
     try:
         while live(room, kinds, samples, deadline):
             assert room.lives <= 2 * room.settings["steps"] // EVERY + 3, "restarts do not help"
@@ -123,7 +123,7 @@ def growth(room, samples, warm):
 
 def check_files(room, steps):
     """out_dir has grown as it should: a file a step, and no more checkpoints than are kept."""
-    lines = faults.step_lines(room.out)
+    lines = lives.step_lines(room.out)
     assert [*lines] == [*range(steps + 1)], f"steps in metrics.jsonl: {[*lines]}"
     names = {f.name for f in (room.out / "rollouts").iterdir()}
     assert names == {f"step_{i:06d}.jsonl" for i in range(1, steps + 1)} | {
@@ -153,13 +153,13 @@ def main():
     parser.add_argument("--patience", type=int, default=1200, help="seconds for each of the runs")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
-    start, failed, logged = args.start or faults.make_start(folder / "start"), [], {}
-    faults.STEPS = args.steps
+    start, failed, logged = args.start or lives.make_start(folder / "start"), [], {}
+    lives.STEPS = args.steps
     plans = {"one life": ["judge"]}
     if not args.no_restarts:
         plans["with faults"] = ["rank", "sigterm", "judge", "all", "torchrun"]
     for name, kinds in plans.items():
-        room = faults.new_room(folder / name.replace(" ", "_"), start, port=free_port(),
+        room = lives.new_room(folder / name.replace(" ", "_"), start, port=free_port(),
                                rng=random.Random(1), real=name == "one life")
         room.settings = SETTINGS | dict(
             steps=args.steps, judge_url=f"http://127.0.0.1:{room.port}/v1")
@@ -172,7 +172,7 @@ def main():
         for what, (early, late, most) in growth(room, samples, WARM_UP).items():
             print(f"{what:16}{early:10.1f}{late:10.1f}{most:10.1f}", flush=True)
             failed += [f"{name}, {what}: +{most:.1f} %"] if most > 5 else []
-        logged[name] = faults.contents(room).lines
+        logged[name] = lives.contents(room).lines
     if len({*map(str, logged.values())}) > 1:
         failed.append("the run with faults has logged something else")
     if failed:
