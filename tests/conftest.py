@@ -1,5 +1,5 @@
+import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from ranks import forked  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +26,15 @@ def process_group():
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A barely warmed-up tiny model and 64 phantoms."""
-    out = tmp_path_factory.mktemp("start")
-    subprocess.run(
-        [sys.executable, "tiny.py", "--out", out, "--rows", "64", "--iterations", "40"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    """A barely warmed-up tiny model, 64 phantoms and, beside 512 of them to validate with, a few.
+    pytest's workers share it."""
+    shared = os.environ.get("PYTEST_XDIST_WORKER")
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if shared else base) / "start"
+    with open(f"{out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker waits, and finds it complete
+        forked(0, "tiny.py", "--out", out, "--rows", "64", "--iterations", "40")
+        if not (out / "few.parquet").exists():
+            rows = pq.read_table(out / "data/val.parquet").slice(0, 24)
+            pq.write_table(rows, out / "few.parquet")
     return out

@@ -7,7 +7,7 @@ import sys
 import tiny_models
 import torch
 from data_fixtures import write_processor
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked
 from transformers import AutoModelForImageTextToText
 
 CASES = {  # kind, tied embeddings, settings of the run
@@ -60,7 +60,7 @@ def train(root):
                          num_hidden_layers=30)
     first.append([large, "qwen3_vl", root / "large/run", {}, ""])
     for ranks, jobs in (1, first), (RANKS, again):
-        done = torchrun(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str), check=False)
+        done = forked(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str), check=False)
         # On a busy machine torch sometimes aborts a process that has ended, with all of it saved.
         saved = all((job[2] / STEP / "manifest.json").exists() for job in jobs)
         assert saved and (not done.returncode or "terminate called" in done.stderr), done.stderr
@@ -68,9 +68,10 @@ def train(root):
 
 
 def merge(checkpoint, *arguments, env=None, fails=False):
-    """merge.py as a user runs it -> what it prints or, if it fails, its one line."""
-    run = subprocess.run([sys.executable, "merge.py", checkpoint, *arguments], cwd=ROOT, env=env,
-                         capture_output=True, text=True, timeout=500)
+    """merge.py, with an env as a user runs it -> what it prints or, if it fails, its one line."""
+    command = ["merge.py", checkpoint, *arguments]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True,
+                         text=True, timeout=500) if env else forked(0, *command, check=False)
     assert (run.returncode != 0) == fails, run.stdout + run.stderr
     if not fails:
         return run.stdout

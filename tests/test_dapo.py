@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judge_server import judge
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked
 from scoring import score
 from test_train import arguments, metrics, rollouts, run_and_kill, small_data, tensors
 
@@ -254,7 +254,7 @@ def unbroken(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dapo")
     changes = dict(train_data=small_data(start, folder, 24), updates_per_step=2, keep_checkpoints=9,
                    mask_truncated=True, prompts_per_step=6, keep="reward")  # it is never right yet
-    run = torchrun(2, *dapo(start, folder / "run", **changes))
+    run = forked(2, *dapo(start, folder / "run", **changes))
     return folder / "run", changes, run
 
 
@@ -280,7 +280,7 @@ def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path)
     command = dapo(start, tmp_path / "run", **changes)
     run_and_kill(command, tmp_path / "run/checkpoints/step_000003")
     assert not (tmp_path / "run/checkpoints/step_000006").exists(), "it was killed too late"
-    assert "continuing" in torchrun(2, *command).stdout
+    assert "continuing" in forked(2, *command).stdout
     assert metrics(tmp_path / "run") == metrics(whole)
     ours, theirs = tensors(tmp_path / "run", 6), tensors(whole, 6)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -294,7 +294,7 @@ def test_results_do_not_depend_on_how_fast_the_judge_is(start, tmp_path):
     for name, delay in (("fast", 0.0), ("slow", lambda _: sleeps.random() / 2)):
         with judge(rule=lambda q, t, a: ("YES", "NO")[len(a) % 2], delay=delay) as server:
             changes = dict(judge="http", judge_url=server.url, judge_check=False, steps=3)
-            torchrun(1, *dapo(start, tmp_path / name, prompts_per_step=6, **changes))
+            forked(1, *dapo(start, tmp_path / name, prompts_per_step=6, **changes))
             asked = [(r.question, r.answer, r.truth) for r in server.requests]
             assert len(asked) == len(set(asked)) > 30
     fast, slow = (metrics(tmp_path / name) for name in ("fast", "slow"))
@@ -308,17 +308,17 @@ def test_a_run_goes_on_with_the_other_algorithm_only_if_told(unbroken, start, tm
     """GRPO until the form is learnt, then DAPO: said, recorded, never by accident."""
     folder, settings = tmp_path / "run", dict(train_data=unbroken[1]["train_data"])
     settings |= dict(prompts_per_step=6, updates_per_step=2)
-    torchrun(1, *arguments(start, folder, steps=1, **settings))
-    refused = torchrun(1, *dapo(start, folder, steps=2, **settings), check=False)
+    forked(1, *arguments(start, folder, steps=1, **settings))
+    refused = forked(1, *dapo(start, folder, steps=2, **settings), check=False)
     assert refused.returncode and "script was 'train_grpo.py' and is 'train_dapo.py'" in (
         refused.stderr)
-    torchrun(1, *dapo(start, folder, steps=2, accept_changes=True, **settings))
+    forked(1, *dapo(start, folder, steps=2, accept_changes=True, **settings))
     assert [*metrics(folder)] == [0, 1, 2] and "reward/overlong" in metrics(folder)[2]
     assert "script was" in json.loads((folder / "config.json").read_text())["changes"][0]["change"]
 
 
 def test_it_advises_to_learn_the_form_first(start, tmp_path):
-    out = torchrun(1, *dapo(start, tmp_path / "run", steps=1, max_response_tokens=9,
+    out = forked(1, *dapo(start, tmp_path / "run", steps=1, max_response_tokens=9,
                             max_rounds=1)).stdout
     assert metrics(tmp_path / "run")[0]["val/reward/format"] < 0.2
     assert 'keep="reward"' in out and "train_grpo.py" in out

@@ -17,7 +17,7 @@ import pytest
 import torch
 from judge_server import always, free_port, judge
 from PIL import Image
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked, torchrun
 
 import common
 import eval as evaluation
@@ -95,7 +95,7 @@ def contents(folder):
 
 
 def test_accuracy_is_the_trainers(start, run, sources, tmp_path):
-    torchrun(2, "train_grpo.py", "configs/tiny.py", f"--model={start}/model", "--steps=1",
+    forked(2, "train_grpo.py", "configs/tiny.py", f"--model={start}/model", "--steps=1",
              f"--train_data={start}/data@train", f"--val_data={start}/data@val",
              "--val_temperature=0.0", f"--out_dir={tmp_path}/run")
     groups = lines(tmp_path / "run/rollouts", "val_000000")

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_models
 import torch
-from ranks import torchrun
+from ranks import forked
 
 LOSSES = [
     ("grpo", "token", 0.01),
@@ -61,7 +61,7 @@ def results(tmp_path_factory):
         if layout not in got:
             ranks, settings = LAYOUTS[layout]
             names = SOME if settings else list(CASES)
-            torchrun(
+            forked(
                 ranks,
                 "tests/gradient_worker.py",
                 model,

@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny_models
 import torch
-from ranks import torchrun
+from ranks import forked
 from safetensors.torch import load_file
 from test_train import arguments, metrics, run_and_kill, small_data, tensors
 from transformers import AutoModelForImageTextToText
@@ -109,7 +109,7 @@ SETTINGS = dict(lora_rank=4, learning_rate=2e-3, kl_coef=0.01, updates_per_step=
 def unbroken(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     source = small_data(start, folder, 10)
-    run = torchrun(2, *arguments(start, folder / "run", train_data=source, **SETTINGS))
+    run = forked(2, *arguments(start, folder / "run", train_data=source, **SETTINGS))
     return folder / "run", source, run.stdout
 
 
@@ -140,7 +140,7 @@ def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path)
     command = arguments(start, tmp_path / "run", train_data=source, **SETTINGS)
     run_and_kill(command, tmp_path / "run/checkpoints/step_000003")
     assert not (tmp_path / "run/checkpoints/step_000006").exists(), "it was killed too late"
-    torchrun(2, *command)
+    forked(2, *command)
     assert metrics(tmp_path / "run") == metrics(whole)
     ours, theirs = tensors(tmp_path / "run", 6), tensors(whole, 6)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -152,7 +152,7 @@ def test_the_recipe_of_a_small_gpu(start, tmp_path):
     small = SETTINGS | dict(dtype="bfloat16", freeze_vision=True, activation_checkpointing=True,
                             offload=True, validate_every=9)
     for steps in (1, 2):
-        torchrun(2, *arguments(start, tmp_path / "run", **small | {"steps": steps}))
+        forked(2, *arguments(start, tmp_path / "run", **small | {"steps": steps}))
     lines = metrics(tmp_path / "run")
     assert all(0 < lines[step]["grad_norm"] < float("inf") for step in (1, 2))
     assert all(lines[step]["engine_gap/mean"] < 0.02 for step in (1, 2))
@@ -162,7 +162,7 @@ def test_the_recipe_of_a_small_gpu(start, tmp_path):
 def test_another_rank_is_refused(unbroken, start):
     whole, source, _ = unbroken
     command = arguments(start, whole, train_data=source, **SETTINGS | dict(lora_rank=8))
-    assert "lora_rank was 4 and is 8" in torchrun(1, *command, check=False).stderr
+    assert "lora_rank was 4 and is 8" in forked(1, *command, check=False).stderr
 
 
 def test_an_adapter_alone(unbroken, start, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tiny_models
 import torch
-from ranks import torchrun
+from ranks import forked
 from test_policy import gradients, load
 from test_train import arguments, metrics, small_data
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLMoeConfig
@@ -46,7 +46,7 @@ def test_it_trains_on_two_ranks(start, tmp_path):
     shutil.copy(start / "model/generation_config.json", tmp_path / "model")
     # Nothing that random weights write is right, so the advantages come from soft similarities.
     rows = small_data(start, tmp_path, 8)
-    torchrun(2, *arguments(start, tmp_path / "run", model=tmp_path / "model", train_data=rows,
+    forked(2, *arguments(start, tmp_path / "run", model=tmp_path / "model", train_data=rows,
                            steps=3, learning_rate=1e-3, embed_soft=True))
     lines = metrics(tmp_path / "run")
     assert all(lines[step]["grad_norm"] > 0 for step in (1, 2, 3)), "nothing was learnt"

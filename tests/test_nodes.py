@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked
 from test_train import arguments, metrics, small_data, tensors, texts
 
 
@@ -37,7 +37,7 @@ SETTINGS = dict(steps=3, kl_coef=0.01, keep_checkpoints=9)
 def one_node(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_node")
     data = small_data(start, folder, 10)
-    run = torchrun(2, *arguments(start, folder / "run", train_data=data, **SETTINGS))
+    run = forked(2, *arguments(start, folder / "run", train_data=data, **SETTINGS))
     return folder / "run", data, run.stdout
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from judge_server import judge
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked, torchrun
 from safetensors.torch import load_file
 
 REAL = ROOT.parent / "shared/data"
@@ -21,7 +21,7 @@ def arguments(start, out, **settings):
     settings = {
         "model": start / "model",
         "train_data": start / "data",
-        "val_data": f"{start}/data@val",
+        "val_data": start / "few.parquet",
         "out_dir": out,
         "steps": 6,
         "prompts_per_step": 4,
@@ -175,7 +175,7 @@ def test_checkpoint_of_two_ranks_continues_on_one(unbroken, start, tmp_path):
     for link in ("latest", "best"):
         (tmp_path / f"run/checkpoints/{link}").unlink()
         (tmp_path / f"run/checkpoints/{link}").symlink_to("step_000005")
-    torchrun(1, *arguments(start, tmp_path / "run", train_data=data, keep_checkpoints=9))
+    forked(1, *arguments(start, tmp_path / "run", train_data=data, keep_checkpoints=9))
     assert texts(tmp_path / "run", "step_000006") == texts(whole, "step_000006")
 
 
@@ -184,7 +184,7 @@ def texts(out, name="step_000001"):
 
 
 def test_same_responses_on_one_rank_and_two(unbroken, start, tmp_path):
-    torchrun(1, *arguments(start, tmp_path / "run", train_data=unbroken[1], steps=1))
+    forked(1, *arguments(start, tmp_path / "run", train_data=unbroken[1], steps=1))
     assert texts(tmp_path / "run") == texts(unbroken[0])
     one, two = metrics(tmp_path / "run")[1], metrics(unbroken[0])[1]
     for name in ("reward/overall", "loss/policy", "grad_norm", "entropy"):
@@ -201,7 +201,7 @@ def test_kl_grows_and_resumes(unbroken, start, tmp_path):
         warmup_updates=1,
         validate_every=9,
     )
-    torchrun(2, *arguments(start, tmp_path / "whole", steps=3, **common))
+    forked(2, *arguments(start, tmp_path / "whole", steps=3, **common))
     kl = [metrics(tmp_path / "whole")[step]["loss/kl"] for step in (1, 2, 3)]
     groups = rollouts(tmp_path / "whole")
     assert all(
@@ -209,8 +209,8 @@ def test_kl_grows_and_resumes(unbroken, start, tmp_path):
         for u in (0, 1)
     ), "an update without a trained group: choose another seed"
     assert 0 < kl[0] < kl[2]  # of two updates each; before any, test_gradient.py has 0
-    torchrun(2, *arguments(start, tmp_path / "parts", steps=2, **common))
-    torchrun(2, *arguments(start, tmp_path / "parts", steps=3, **common))
+    forked(2, *arguments(start, tmp_path / "parts", steps=2, **common))
+    forked(2, *arguments(start, tmp_path / "parts", steps=3, **common))
     whole = metrics(tmp_path / "whole")
     parts = metrics(tmp_path / "parts")
     assert parts[3] | {k: v for k, v in whole[3].items() if k.startswith("val/")} == whole[3]
@@ -221,18 +221,18 @@ def test_changed_settings_on_restart(unbroken, start, tmp_path):
     subprocess.run(["cp", "-a", whole, tmp_path / "run"], check=True)
     command = dict(train_data=data, keep_checkpoints=9)
     before = (tmp_path / "run/metrics.jsonl").read_text()
-    run = torchrun(
+    run = forked(
         1, *arguments(start, tmp_path / "run", **command | {"learning_rate": 1e-3}), check=False
     )
     assert run.returncode and "learning_rate was 0.0002 and is 0.001" in run.stderr
     assert "--accept_changes=True" in run.stderr
     assert (tmp_path / "run/metrics.jsonl").read_text() == before, "a refused start changed the run"
     other = small_data(start, tmp_path, 9)
-    run = torchrun(
+    run = forked(
         1, *arguments(start, tmp_path / "run", **command | {"train_data": other}), check=False
     )
     assert run.returncode and "train_rows was" in run.stderr
-    torchrun(
+    forked(
         1,
         *arguments(
             start, tmp_path / "run", steps=7, learning_rate=1e-3, accept_changes=True, **command
@@ -243,7 +243,7 @@ def test_changed_settings_on_restart(unbroken, start, tmp_path):
     assert record["learning_rate"] == 1e-3
     assert "learning_rate was 0.0002 and is 0.001" in record["changes"][0]["change"]
     assert record["changes"][0]["after_step"] == 6
-    run = torchrun(
+    run = forked(
         1,
         *arguments(
             start, tmp_path / "run", steps=7, learning_rate=1e-3, accept_changes=True, **command
@@ -253,7 +253,7 @@ def test_changed_settings_on_restart(unbroken, start, tmp_path):
 
 
 def test_best_and_newest_checkpoints_are_kept(start, tmp_path):
-    torchrun(1, *arguments(start, tmp_path / "run", keep_checkpoints=2, validate_every=1, steps=5))
+    forked(1, *arguments(start, tmp_path / "run", keep_checkpoints=2, validate_every=1, steps=5))
     values = {s: m["val/reward/overall"] for s, m in metrics(tmp_path / "run").items() if s}
     best = max(values, key=lambda s: (values[s], -s))
     folders = {p.name for p in (tmp_path / "run/checkpoints").glob("step_*")}
@@ -273,13 +273,13 @@ def test_rows_whose_pixels_fail_are_named_and_left_out(start, tmp_path):
     settings = dict(
         train_data=tmp_path / "bad.parquet", steps=2, prompts_per_step=5, max_bad_rows=0.2
     )
-    run = torchrun(1, *arguments(start, tmp_path / "one", **settings))
-    torchrun(2, *arguments(start, tmp_path / "two", **settings))
+    run = forked(1, *arguments(start, tmp_path / "one", **settings))
+    forked(2, *arguments(start, tmp_path / "two", **settings))
     assert "skipped row 0, image" in run.stdout and "skipped row 3, image" in run.stdout
     used = [g["row"] for s in (1, 2) for g in rollouts(tmp_path / "one", f"step_{s:06d}")]
     assert sorted(used) == [1, 2, *range(4, 12)]
     assert texts(tmp_path / "one") == texts(tmp_path / "two")
-    run = torchrun(
+    run = forked(
         1, *arguments(start, tmp_path / "stop", **settings | {"max_bad_rows": 0.1}), check=False
     )
     assert run.returncode and "2 of 12 rows are bad, max_bad_rows=0.1" in run.stderr
@@ -290,7 +290,7 @@ def test_a_judge_that_dies_stops_the_run_saved_and_it_goes_on(start, tmp_path):
     with a judge again the run ends as one whose judge is the exact match, which says NO as well."""
     settings = dict(train_data=small_data(start, tmp_path, 10), steps=4, save_every=9)
     settings |= dict(validate_every=9, judge_check=False, max_unscored=0.05)
-    torchrun(1, *arguments(start, tmp_path / "whole", **settings))
+    forked(1, *arguments(start, tmp_path / "whole", **settings))
 
     def fails_after_step_2(_):
         file = tmp_path / "run/metrics.jsonl"
@@ -299,7 +299,7 @@ def test_a_judge_that_dies_stops_the_run_saved_and_it_goes_on(start, tmp_path):
     with judge(rule=lambda *_: "NO") as server:
         settings |= dict(judge="http", judge_url=server.url, judge_patience_s=0.5)
         server.script = fails_after_step_2
-        run = torchrun(1, *arguments(start, tmp_path / "run", **settings), check=False)
+        run = forked(1, *arguments(start, tmp_path / "run", **settings), check=False)
         assert run.returncode
         [line] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
         assert "of the responses have no verdict, above max_unscored" in line
@@ -307,7 +307,7 @@ def test_a_judge_that_dies_stops_the_run_saved_and_it_goes_on(start, tmp_path):
         assert [*metrics(tmp_path / "run")] == [0, 1, 2]
         assert os.readlink(tmp_path / "run/checkpoints/latest") == "step_000002"
         server.script = lambda _: "ok"
-        run = torchrun(1, *arguments(start, tmp_path / "run", **settings))
+        run = forked(1, *arguments(start, tmp_path / "run", **settings))
         assert "after step 2" in run.stdout
         assert server.requests, "nobody was asked"
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
@@ -318,7 +318,7 @@ def test_a_judge_that_dies_stops_the_run_saved_and_it_goes_on(start, tmp_path):
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data, real medical images")
 def test_an_epoch_of_real_images(start, tmp_path):
     """376 questions on 331 real images of all 16 modalities, two ranks, no bad row."""
-    run = torchrun(
+    run = forked(
         2,
         *arguments(
             start,

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from data_fixtures import write_processor
-from ranks import torchrun
+from ranks import forked
 from test_nodes import nodes
 from test_train import (
     arguments,
@@ -50,7 +50,7 @@ def model_folder(folder, kind, tied):
 def side_by_side(folder, kind, tied, ranks, *checks, **engine_args):
     """What tests/vllm_worker.py finds."""
     path = model_folder(folder, kind, tied)
-    torchrun(ranks, "tests/vllm_worker.py", path, kind, ranks, json.dumps(engine_args),
+    forked(ranks, "tests/vllm_worker.py", path, kind, ranks, json.dumps(engine_args),
              folder / "found.json", *checks, env=ENV)
     return json.loads((folder / "found.json").read_text())
 
@@ -99,7 +99,7 @@ def whole(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     rows = small_data(start, folder, 10)
     settings = dict(train_data=rows, steps=4, keep_checkpoints=9, **VLLM)
-    torchrun(2, *arguments(start, folder / "run", **settings), env=ENV)
+    forked(2, *arguments(start, folder / "run", **settings), env=ENV)
     return folder / "run", settings
 
 
@@ -108,7 +108,7 @@ def test_killed_and_restarted_is_bit_for_bit_the_same(whole, start, tmp_path):
     command = arguments(start, tmp_path / "run", **settings)
     run_and_kill(command, tmp_path / "run/checkpoints/step_000002", ENV)
     assert not (tmp_path / "run/checkpoints/step_000004").exists(), "it was killed too late"
-    torchrun(2, *command, env=ENV)
+    forked(2, *command, env=ENV)
     assert metrics(tmp_path / "run") == metrics(run)
     assert metrics(run)[4]["engine_gap/mean"] < 1e-5
     ours, theirs = tensors(tmp_path / "run", 4), tensors(run, 4)
@@ -120,7 +120,7 @@ def test_killed_and_restarted_is_bit_for_bit_the_same(whole, start, tmp_path):
 def test_two_ranks_of_one_engine_train_the_same_responses(whole, start, tmp_path):
     run, settings = whole
     settings = settings | {"tensor_parallel": 2, "steps": 1}
-    torchrun(2, *arguments(start, tmp_path / "run", **settings), env=ENV)
+    forked(2, *arguments(start, tmp_path / "run", **settings), env=ENV)
     assert texts(tmp_path / "run") == texts(run)
     ours, theirs = metrics(tmp_path / "run")[1], metrics(run)[1]
     for name in ("reward/overall", "loss/policy", "grad_norm", "entropy"):
@@ -141,7 +141,7 @@ def test_engines_stay_within_their_node(whole, start, tmp_path):
 def test_a_wrong_engine_stops_the_run_before_its_first_update(start, tmp_path):
     """Pixels normalised with dummies: nothing crashes, only the engine's policy is another one."""
     args = "{'enforce_eager':True,'mm_device_do_normalize':True}"
-    run = torchrun(1, *arguments(start, tmp_path / "run", **VLLM | {"engine_args": args}),
+    run = forked(1, *arguments(start, tmp_path / "run", **VLLM | {"engine_args": args}),
                    env=ENV, check=False)
     assert run.returncode
     assert "error: engine and trainer differ by" in run.stderr and "max_engine_gap is" in run.stderr
@@ -153,6 +153,6 @@ def test_a_wrong_engine_stops_the_run_before_its_first_update(start, tmp_path):
     (dict(engine_args="{'no_such':1}"), "no_such"),
     (dict(engine_args="{'num_gpu_blocks_override':1}"), "gpu_memory_utilization=0.2")])
 def test_an_engine_that_does_not_start_is_one_line(start, tmp_path, settings, said):
-    run = torchrun(1, *arguments(start, tmp_path / "run", **VLLM | settings), env=ENV, check=False)
+    run = forked(1, *arguments(start, tmp_path / "run", **VLLM | settings), env=ENV, check=False)
     [line] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
     assert run.returncode and "vLLM" in line and "does not start" in line and said in line
