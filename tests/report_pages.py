@@ -100,7 +100,8 @@ def reply(judge, embed, advantage, text=RESPONSE):
     overall = 0.9 * (0.575 * judge + 0.375 * (embed == 1) + 0.05) + 0.1 if scored else None
     parts = {"judge": judge, "embed": embed, "modality": 1.0, "format": 1.0, "overall": overall}
     return {"tokens": 20 if closed else 48, "finish_reason": "stop" if closed else "length",
-            "text": text, "parts": parts, "advantage": advantage}
+            "text": text, "parts": parts, "advantage": advantage,
+            "loss": -0.02 * advantage if closed else None}
 
 
 def write_rollouts(folder, rows=12, seed=7, json_rows=False):

@@ -337,9 +337,10 @@ def test_page_of_rollouts(rollouts, visit, screen):
                                     "unscored row 11"]
     first = page(TEXTS % "article:first-of-type .response")
     assert first[0] == ("1.00 advantage +0.87 1 judge 1 embed 1 modality 1 format <X_RAY> "
-                        "Reasoning the answer 20 tokens")
+                        "Reasoning the answer 20 tokens, loss −0.0173")
     assert first[1] == ("0.145 advantage −1.15 0 judge 0.25 embed 1 modality 1 format <X_RAY> "
-                        "Reasoning, never closed No answer 48 tokens, ended by length")
+                        "Reasoning, never closed No answer 48 tokens, loss not finite, ended by "
+                        "length")
     assert "– judge" in page(TEXTS % "article")[3]
     tops = page("[...document.querySelectorAll('article:first-of-type .response')].map("
                 "x => x.getBoundingClientRect().top)")
