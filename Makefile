@@ -1,5 +1,6 @@
 # make demo: a tiny Qwen3-VL learns on drawn images, on a CPU. make test: all tests but those of the
-# vLLM engine, which make test-vllm runs with vLLM's CPU build. Each makes its own environment first.
+# vLLM engine, which make test-vllm runs with vLLM's CPU build; make test-faults: the long form of the
+# attacks on a run, about an hour. Each makes its own environment first.
 # Without a GPU, TORCH may name a CPU build of torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 
-.PHONY: demo eval-demo test test-vllm lint bench
+.PHONY: demo eval-demo test test-vllm test-faults lint bench
 
 demo: .venv/demo
 	$(BIN)/python tiny.py
@@ -26,6 +27,10 @@ test: .venv/test
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile -m vllm
+
+test-faults: .venv/test
+	$(BIN)/python tests/faults.py --rounds 5
+	$(BIN)/python tests/soak.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -66,7 +67,8 @@ def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
     time.sleep(10 if int(os.environ.get("RANK", 0)) else 0)
-    advice = ": what is saved is whole; mend this and start again" * isinstance(error, OSError)
+    advice = ": install it, or change the setting that needs it" * isinstance(error, ImportError)
+    advice += ": what is saved is whole; mend this and start again" * isinstance(error, OSError)
     raise SystemExit(f"error: {' '.join(str(error).split())}{advice}")
 
 def start(signals=None):
@@ -126,11 +128,15 @@ def timed(times, name):
     times[name] = times.get(name, 0.0) + time.perf_counter() - begin
 
 def open_run(config, train_rows, checkpoint):
-    """For rank 0: make out_dir or, if it holds a run, continue it with metrics.jsonl cut to its
-    checkpoint, a Path or None. ValueError: settings changed that may not."""
+    """For rank 0: make out_dir, or go on there after checkpoint, to which metrics.jsonl is cut."""
     out, script = Path(config.out_dir), Path(sys.argv[0]).name
     config = {**vars(config), "script": script, "train_rows": train_rows, "changes": []}
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # of a disk that knows no locks; held until the process ends
+        try:
+            flock(os.open(out / "lock", os.O_CREAT | os.O_RDWR), LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a run in {out} has not ended: end it first") from None
     step = int(checkpoint.name[-6:]) if checkpoint else -1
     if checkpoint:
         old = json.loads((out / "config.json").read_text())

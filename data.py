@@ -176,10 +176,9 @@ def load(source, processor, cfg, tags, rank=0, world=1, gather=lambda value: [va
     kept = {i: x for i, x in good.items() if x[0] <= cfg.max_prompt_tokens}
     bad, too_long = [x for x in found if isinstance(x, str)], [i for i in good if i not in kept]
     if len(bad) > cfg.max_bad_rows * len(rows) or not kept:
-        raise ValueError(
-            f"{source}: {len(bad)} of {len(rows)} rows are bad, max_bad_rows={cfg.max_bad_rows} "
-            f"allows {int(cfg.max_bad_rows * len(rows))}; {len(too_long)} are longer than max_"
-            f"prompt_tokens={cfg.max_prompt_tokens}. Mend or raise these. {'; '.join(bad[:5])}")
+        raise ValueError(f"{source}: {len(bad)} of {len(rows)} rows are bad, max_bad_rows="
+                         f"{cfg.max_bad_rows}; {len(too_long)} are longer than max_prompt_tokens="
+                         f"{cfg.max_prompt_tokens}. Mend or raise these. {'; '.join(bad[:5])}")
     content = json.dumps([x[1:] for x in kept.values()]).encode()
     return SimpleNamespace(
         **vars(data), kept=kept, keep=[*kept], hashes=[x[1] for x in kept.values()], bad=bad,

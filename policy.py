@@ -323,6 +323,7 @@ def find_checkpoint(root):
             continue
         for old in harmed if dist.get_rank() == 0 else ():
             print(f"{harmed[old]}: set aside as damaged_{old.name}, going on from {folder.name}")
+            shutil.rmtree(root / f"damaged_{old.name}", ignore_errors=True)  # of another time
             old.rename(root / f"damaged_{old.name}")
         return folder
     if harmed:

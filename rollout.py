@@ -35,10 +35,7 @@ def load(cfg, device, patches):
 def _start_vllm(cfg, device):
     """vLLM in this process, one engine for each tensor_parallel consecutive ranks of torchrun."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
-    try:
-        import vllm
-    except ImportError as error:
-        raise ValueError(f'{error}: install vllm==0.32.0, or set engine="torch"') from error
+    import vllm
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     args = dict(
         model=cfg.model, dtype=cfg.dtype, load_format="dummy", max_model_len=length, seed=0,
@@ -74,8 +71,7 @@ def sync(engine, named_weights):
     if sleeps:  # weights before the cache: both do not fit beside what a reload needs
         torch.cuda.empty_cache()  # what the update has left
         llm.wake_up(["weights"])
-    # Its model's own load_weights() works only once.
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})  # more than once
     if sleeps:
         llm.wake_up(["kv_cache"])
     # Each of them would answer a known prompt or image with the old weights, or crash.

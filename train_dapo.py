@@ -52,9 +52,9 @@ def set_up(cfg):
     run.engine = rollout.load(cfg, run.device, run.patches)
     run.logprobs = lambda model, row: policy.logprobs(
         model, row, run.patches(row["images"]), cfg.temperature, run.engine.banned)
-    run.state = {"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "best": None, "kept": []}
-    if found:
-        run.state |= policy.load_checkpoint(found, run.model, run.optimizer) | {"not_finite": 0}
+    saved = policy.load_checkpoint(found, run.model, run.optimizer) if found else {}
+    run.state = {"step": 0, "updates": 0, "cursor": 0, "best": None, "kept": []} | saved
+    run.state["not_finite"] = 0
     run.saved = run.state["step"]
     return run
 
@@ -188,10 +188,9 @@ def train(run, groups):
     groups = [g for g in groups if g["kept"]]
     updates = [plan_update(run, groups[len(groups) * u // n : len(groups) * (u + 1) // n])
                for u in range(n)]
-    passes = {"ref_logprobs": run.reference} if cfg.kl_coef else {}
-    if cfg.old_logprobs == "trainer" and n > 1:  # a single update's own are the old ones
-        passes["old_logprobs"] = run.model
-    for key, model in passes.items():
+    passes = [("ref_logprobs", run.reference)] * bool(cfg.kl_coef)  # if n is 1, new ones are old
+    passes += [("old_logprobs", run.model)] * (cfg.old_logprobs == "trainer" and n > 1)
+    for key, model in passes:
         with common.timed(run.times, key), torch.no_grad():
             for row in (row for update in updates for row in update.rows):
                 row[key], _ = run.logprobs(model, row)
@@ -256,7 +255,7 @@ def main():
     except (common.Stop, OSError) as why:
         if type(why) is common.Stop and run.saved != state["step"]:
             save(run)  # before an update: the last finished step is worth keeping
-        common.stop(why)
+        common.stop(why if type(why) is common.Stop else OSError(f"{cfg.out_dir}: {why}"))
     dist.destroy_process_group()
 
 if __name__ == "__main__":

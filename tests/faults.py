@@ -223,9 +223,7 @@ def latest(room):
     step = newest(room.out)
     life = play(room)
     assert life.code == 0, life.text[-3000:]
-    assert f"after step {step}" in life.text, f"it did not go on after step {step}"
-    assert any("latest" in x and f"step_{step:06d}" in x for x in life.text.splitlines()), \
-        "it is not said that `latest` was of no use"
+    assert f"after step {step}" in life.text, f"it did not go on after step {step}, or did not say"
 
 
 def wall_clock(room):

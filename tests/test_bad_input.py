@@ -153,7 +153,7 @@ def test_engine_args_without_vllm(refusal):
 
 def test_vllm_that_is_not_installed(refusal, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert_says(refusal(engine="vllm", weights=True), "vllm", "install vllm==", 'engine="torch"')
+    assert_says(refusal(engine="vllm", weights=True), "vllm", "install it, or change")
 
 
 def test_tensor_parallel(refusal, monkeypatch):

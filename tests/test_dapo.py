@@ -57,7 +57,7 @@ def test_what_each_filter_keeps(name):
 def scored(cfg, texts, tokens=5):
     parts = score(reward.load(cfg), "Where?", "<X_RAY> left lung", texts)
     return {"ids": [1], "responses": [
-        {"ids": [7] * tokens, "parts": p, "finish_reason": "stop"} for p in parts]}
+        {"ids": [7] * tokens, "parts": p, "finish_reason": "stop", "answer": ""} for p in parts]}
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -133,7 +133,8 @@ def run(start, process_group, monkeypatch):
         cfg=cfg, rank=0, world=1, times={}, processor=processor, scorer=reward.load(cfg),
         train=data.load(cfg.train_data, processor, cfg, reward.TAGS),
         threads=ThreadPoolExecutor(2), engine=SimpleNamespace(version=0, stop_ids={2}), saved=0,
-        state={"step": 0, "updates": 0, "cursor": 0, "kept": []}, asked=[],
+        state={"step": 0, "updates": 0, "cursor": 0, "not_finite": 0, "kept": []}, asked=[],
+        signals=[], model=None, reference=None,
         right=lambda prompt, i: prompt["row"] % 2 and i % 2)
 
     def generate(_, prompts, *, group_size, **__):
@@ -221,7 +222,8 @@ def test_a_judge_that_is_gone_is_no_reason_to_draw_more(run, monkeypatch):
 
     monkeypatch.setattr(train_dapo.reward, "finish", unscored)
     run.scorer = SimpleNamespace(**{**vars(run.scorer), "judge": SimpleNamespace(
-        last_failure="HTTP 500", verdicts={}, pool=ThreadPoolExecutor(1))})
+        last_failure="HTTP 500", verdicts={}, asked=0, known=[], cfg=run.cfg,
+        pool=ThreadPoolExecutor(1))})
     monkeypatch.setattr(train_dapo.reward, "ask", lambda *_: (None, "", "HTTP 500"))
     with pytest.raises(common.Stop, match=r"100.0% of the responses have no verdict.* HTTP 500"):
         train_dapo.collect(run, 1)
