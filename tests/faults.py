@@ -162,18 +162,22 @@ def readonly(room):
     """The disk cannot be written to, from the start or from some moment on: as if it were full."""
     late = room.rng.random() < 0.5
     with small_disk(room, *([] if late else ["ro"])) as disk:
-        def remount(mode):
-            return subprocess.run(["mount", "-o", f"remount,{mode}", disk], capture_output=True)
+        def mount(*options):
+            return subprocess.run(["mount", *options, disk], capture_output=True).returncode
 
-        def hit(life):
-            while life.poll() is None and remount("ro").returncode:  # busy: a file is being written
+        def hit(life):  # by another mount over it: what is open for writing, the lock, stays so
+            assert not mount("--bind", disk)
+            while life.poll() is None and mount("-o", "remount,bind,ro"):  # a file is being written
                 time.sleep(0.001)
 
         life = play(room, moment(room, 1), hit if late else None)
         if life.hit or not late:
             room.faults += not late
             advice(life, "Read-only file system", room.out)
-        assert not remount("rw").returncode
+        if life.hit:
+            subprocess.run(["umount", disk], check=True)
+        elif not late:
+            assert not mount("-o", "remount,rw")
         finish(room)
         compare(room, room.whole)
 
