@@ -159,9 +159,12 @@ def settings(out, **changed):
 
 
 def open_run(cfg, rows):
-    """As the trainers do, which find the checkpoint first."""
+    """As the trainers do, which find the checkpoint first, in a process that ends soon after."""
     latest = Path(cfg.out_dir, "checkpoints/latest").resolve()
-    common.open_run(cfg, rows, latest if latest.exists() else None)
+    try:
+        common.open_run(cfg, rows, latest if latest.exists() else None)
+    finally:
+        Path(cfg.out_dir, "lock").unlink()  # the next one is another file, which nobody holds
 
 
 def saved(out, step, lines=()):
@@ -198,6 +201,23 @@ def test_a_run_is_continued(tmp_path, capsys):
     assert "after step 2, changed: nothing" in capsys.readouterr().out
     assert (tmp_path / "run/metrics.jsonl").read_text() == line(0) + line(1) + line(2)
     assert config_of(tmp_path)["changes"] == []
+
+
+def test_a_run_that_has_not_ended_is_left_alone(tmp_path):
+    """Another process holds its lock, until it is killed."""
+    open_run(settings(tmp_path), "abc")
+    saved(tmp_path, 2, [line(0), line(1), line(2), line(3)])
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run/lock"], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match=r"a run in .*run has not ended: end it first"):
+        common.open_run(settings(tmp_path, seed=1), "abc", None)
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == 4, "it was cut"
+    other.kill()
+    other.communicate()
+    open_run(settings(tmp_path), "abc")
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 2, "lo', '{"step": 2, "text": "}', line(2)[:-1]])
