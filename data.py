@@ -89,7 +89,7 @@ def read_rows(source, columns=("problem", "solution"), subsets=(None,)):
     if not {*columns} <= {*rows.column_names} or not len(rows):
         raise ValueError(f"{source} needs rows with the columns {' and '.join(columns)}; it has "
                          f"{len(rows)} rows and the columns {', '.join(rows.column_names)}")
-    table = rows.data.replace_schema_metadata(None)  # of an image, which datasets would decode
+    table = rows.data.replace_schema_metadata(None)  # by which datasets would open images, or URLs
     return datasets.Dataset(table), os.path.abspath(path if os.path.isdir(path) else path + "/..")
 
 def decode(image):

@@ -309,9 +309,9 @@ def save_checkpoint(root, step, model, optimizer, state, keep):
 def find_checkpoint(root):
     """The newest whole checkpoint, up to the one that root/latest names if it is there; or None.
     A harmed one is named and set aside as damaged_step_000100. ValueError: no other is whole."""
-    root, link, harmed = Path(root), Path(root, "latest"), {}
-    last = os.readlink(link) if link.exists() else "step_~"
-    names = [sorted(path.name for path in root.glob("step_??????") if path.name <= last)]
+    root, harmed = Path(root), {}
+    names, last = sorted(x.name for x in root.glob("step_??????")), (root / "latest").resolve().name
+    names = [names[:[*names, last].index(last) + 1]]  # all if the link leads nowhere
     dist.broadcast_object_list(names)
     while names[0]:
         found, manifest = _digests(folder := root / names[0].pop()), {"manifest.json": "readable"}

@@ -220,7 +220,8 @@ def test_the_link_decides_where_a_run_goes_on_if_it_leads_anywhere(trained, tmp_
     for step in (1, 2):
         policy.save_checkpoint(tmp_path, step, *trained, {"best": None}, keep=2)
     link = tmp_path / "latest"
-    for target, found in {"step_000001": 1, "step_000009": 2, "nowhere": 2, None: 2}.items():
+    for target, found in {"step_000001": 1, tmp_path / "step_000001": 1, "step_000009": 2,
+                          "nowhere": 2, "/tmp": 2, None: 2}.items():
         link.unlink()
         if target:
             link.symlink_to(target)
