@@ -23,10 +23,10 @@ eval-demo: .venv/demo  # after make demo
 	$(BIN)/python eval.py configs/eval.py configs/tiny_eval.py --model=out/tiny/merged
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not vllm"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not vllm"
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile -m vllm
+	.venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m vllm
 
 test-faults: .venv/test
 	$(BIN)/python tests/faults.py --rounds 5

@@ -315,3 +315,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    if common.dist.is_initialized():  # its threads must not outlive Python
+        common.dist.destroy_process_group()

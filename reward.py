@@ -63,8 +63,9 @@ def load(cfg, device="cpu", world=1):
     """Settings (attributes of cfg) -> a scorer, its embedder on device; `world` processes share
     judge_concurrency. Waits for a judge that is not up yet. ValueError: one line of advice."""
     weights = {k: getattr(cfg, f"weight_{k}") for k in ("judge", "embed", "modality", "format")}
-    if abs(sum(weights.values()) - weights["format"] - 1) > 1e-6 or min(weights.values()) < 0:
-        raise ValueError(f"weight_*={weights}: set each in 0 .. 1, the first three to a sum of 1")
+    given = [*weights.values(), cfg.embed_threshold]
+    if not (abs(sum(given[:3]) - 1) < 1e-6 and all(0 <= x <= 1 for x in given)):  # nor NaN
+        raise ValueError(f"weight_*, embed_threshold {given}: each in 0 .. 1, three add up to 1")
     encode = load_encoder(cfg.embedder, device)
     one, two = encode(["left femur", "retinal drusen"])
     same, other = (one @ one.T).sum(), (one @ two.T).sum()
@@ -75,8 +76,7 @@ def load(cfg, device="cpu", world=1):
                            judge=None if cfg.judge == "exact" else open_judge(cfg, world))
 
 def load_encoder(embedder, device):
-    """A function from a list of N texts to N rows of length 1: dot = cosine. What else is in the
-    list may change a SentenceTransformer's row by 1e-6. ValueError: it cannot be loaded."""
+    """A function from N texts to N rows of length 1: dot = cosine. ValueError: cannot be loaded."""
     if embedder == "ngram":
         from sklearn.feature_extraction.text import HashingVectorizer  # only this one needs it
         return HashingVectorizer(preprocessor=normalise, analyzer="char_wb", ngram_range=(2, 4),

@@ -38,3 +38,13 @@ def start(tmp_path_factory):
             rows = pq.read_table(out / "data/val.parquet").slice(0, 24)
             pq.write_table(rows, out / "few.parquet")
     return out
+
+
+LONG = """train security eval nodes faults lora dapo merge gradient bench_gpu trl numerics tiny vllm
+    judge""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or one process of xdist would work alone at last."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

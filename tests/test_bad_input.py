@@ -113,7 +113,7 @@ WRONG = [
     ({"validate_every": 0}, ["validate_every=0", "validate_every > 0"]),
     ({"save_every": 0}, ["save_every=0", "save_every > 0"]),
     ({"steps": 0, "epochs": 0}, ["steps=0, epochs=0", "steps + epochs > 0"]),
-    ({"weight_judge": 0.9}, ["weight_*=", "'judge': 0.9", "the first three to a sum of 1"]),
+    ({"weight_judge": 0.9}, ["weight_*", "[0.9, ", "three add up to 1"]),
     ({"embed_threshold": 1.5}, ["embed_threshold=1.5", "embed_threshold <= 1"]),
     ({"prompt_template": "configs/nowhere.txt"},
      ["prompt_template 'configs/nowhere.txt'", "path", "{question}"]),

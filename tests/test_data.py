@@ -341,10 +341,10 @@ def test_too_many_bad_rows_stop(processor, tmp_path):
     source = parquet(tmp_path / "a.parquet", rows)
     assert named(load(source, processor, max_bad_rows=0.1).bad) == [(0, "solution")]
     with pytest.raises(ValueError, match=(
-            r"a\.parquet: 1 of 10 rows are bad, max_bad_rows=0.09 allows 0; 0 are longer"
+            r"a\.parquet: 1 of 10 rows are bad, max_bad_rows=0.09; 0 are longer"
             r".* Mend .*row 0, solution: .*'Yes'")):
         load(source, processor, max_bad_rows=0.09)
-    with pytest.raises(ValueError, match=r"1 of 1 rows are bad, max_bad_rows=1\.0 allows 1"):
+    with pytest.raises(ValueError, match=r"1 of 1 rows are bad, max_bad_rows=1\.0; 0 are"):
         load(parquet(tmp_path / "b.parquet", rows[:1]), processor)
 
 
