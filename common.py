@@ -210,6 +210,8 @@ def finish_step(run, metrics, validate, save, last=False):
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [{"step": step, **metrics}], "a")
         if cfg.log:
             sys.modules["wandb"].log(metrics, step=step)
+            if last:
+                sys.modules["wandb"].finish()
         print(f"step {step:4d}/{run.last_step}", *(f" {k} {v:.3g}" for k, v in metrics.items()
               if k.endswith("reward/overall") or k == "time/step"), flush=True)
     if due:

@@ -3,7 +3,6 @@ A group is trained as packed rows [prompt | response a | response b | ...] in wh
 attends to the shared prompt and to itself only: prompt and images go through the model once.
 Shapes: a row of T tokens has B responses of up to R tokens, N in all, to prompts of L tokens."""
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +49,7 @@ def load(cfg, device, trainable=True):
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # once and for good: old and new log-probs must come from the same code path
-    model.forward = functools.partial(row_forward, model)
+    model.forward = lambda *args, **more: row_forward(model, *args, **more)
     conv = model.model.visual.patch_embed.proj  # of one patch each; in bf16 many times slower than:
     conv.forward = lambda x: F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
     shard = cfg.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -88,7 +87,7 @@ def choose_trained(model, cfg, trainable=True):
 def load_reference(cfg, device, model):
     """The starting model, frozen, for a KL term: a copy or, with LoRA, model less its adapter."""
     if cfg.lora_rank:
-        return functools.partial(model, adapter=False)
+        return lambda *args: model(*args, adapter=False)
     return load(cfg, device, trainable=False)
 
 def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=map):

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -204,7 +203,7 @@ def main():
         if type(why) is common.Stop and run.saved != state["step"]:
             save(run)  # before an update: the last finished step is worth keeping
         common.stop(why if type(why) is common.Stop else OSError(f"{cfg.out_dir}: {why}"))
-    dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # a thread of gloo that still frees a tensor would abort a Python that ends

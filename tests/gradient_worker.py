@@ -9,6 +9,7 @@ Saves for each case {"gradient": {name: tensor}, "sums": what the trainer logs, 
 """
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,6 @@ from types import SimpleNamespace
 
 import tiny_models
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -94,7 +94,7 @@ def main():
     results = [gradient(model, reference, rank, world, case) for case in json.loads(cases)]
     if rank == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
+    os._exit(0)  # as train_grpo.py does
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ weights.safetensors, whole, under the trainer's names, and logprobs.json of ever
 tiny_models.groups()."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,4 +58,4 @@ def work(device, path, kind, run, more, checkpoint):
 device = common.start()[2]
 for job in json.loads(sys.argv[1]):
     work(device, *job)
-dist.destroy_process_group()
+os._exit(0)  # as train_grpo.py does

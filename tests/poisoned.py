@@ -59,3 +59,4 @@ train_grpo.collect, rollout.generate, policy.logprobs = (
 policy.optimizer_step, common.finish_step = poisoned_optimizer_step, poisoned_finish_step
 sys.argv[0] = "train_grpo.py"
 train_grpo.main()
+os._exit(0)  # as it does

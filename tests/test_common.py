@@ -328,23 +328,24 @@ def test_free_and_fixed_name_settings():
 # --- dashboards -----------------------------------------------------------------------------------
 
 DASHBOARD = """
-import sys, common
+import os, sys, common
 from types import SimpleNamespace
 common.start()
 cfg = SimpleNamespace(**common.defaults | dict(log=sys.argv[1], out_dir=sys.argv[2]))
 common.open_run(cfg, "rows", None)
-run = SimpleNamespace(cfg=cfg, state={"step": 0, "not_finite": 0}, signals=[], times={}, rank=0,
-                      world=1, last_step=9)
+run = SimpleNamespace(cfg=cfg, state={"step": 0, "not_finite": 0, "best": None}, signals=[],
+                      times={}, rank=0, world=1, last_step=9)
 for step in range(3):
     run.state["step"] = step
     run.times["step"] = 1.0
     metrics = {"tokens": 8, "reward/overall": 0.25 * step}
-    common.finish_step(run, metrics, lambda run: {}, None)
+    common.finish_step(run, metrics, lambda run: {}, lambda run: None, step == 2)
+os._exit(0)
 """
 
 
 def dashboard(log, out):
-    """Three steps in a process of their own, which then simply ends, as training does."""
+    """Three steps in a process of their own, which then ends as training does."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     env |= {f"WANDB_{name}_DIR": str(out / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
     return subprocess.run([sys.executable, "-c", DASHBOARD, log, out], env=env, cwd=out, text=True,

@@ -262,6 +262,13 @@ def test_best_and_newest_checkpoints_are_kept(start, tmp_path):
     assert os.readlink(tmp_path / "run/checkpoints/latest") == "step_000005"
 
 
+def test_it_ends_well_though_its_process_group_is_busy(start, tmp_path):
+    """Python aborts (exit code -6) if a thread of gloo frees a tensor while it ends."""
+    settings = dict(steps=1, val_prompts=2, max_response_tokens=4)
+    forked(2, "tests/late.py", *arguments(start, tmp_path / "run", **settings)[1:])
+    assert [*metrics(tmp_path / "run")] == [0, 1]
+
+
 def test_rows_whose_pixels_fail_are_named_and_left_out(start, tmp_path):
     """A truncated PNG has a good header. The steps are the same on one rank and on two."""
     table = pq.read_table(start / "data/train.parquet").slice(0, 12)
