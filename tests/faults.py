@@ -148,7 +148,7 @@ def disk_full(room):
                 time.sleep(0.01)
 
         life = play(room, moment(room, room.rng.choice([0, 1])), hit)
-        if life.hit:
+        if life.hit and life.code:  # else its last file had room: compare() tells
             advice(life, "No space left", room.out)
         ballast.unlink(missing_ok=True)
         finish(room)
@@ -168,7 +168,7 @@ def readonly(room):
                 time.sleep(0.001)
 
         life = play(room, moment(room, 1), hit if late else None)
-        if life.hit or not late:
+        if (life.hit and life.code) or not late:
             room.faults += not late
             advice(life, "Read-only file system", room.out)
         if life.hit:
@@ -265,8 +265,8 @@ KINDS = {f.__name__: f for f in (
 def play_round(kind, name, args, start, whole):
     """One round -> its row of the table: faults, restarts, what was lost or why it was skipped."""
     room = new_room(Path(args.folder, name), start, rng=random.Random(f"{args.seed} {name}"),
-                    whole=whole, short=args.short, twice=1 if args.short else 2)
-    room.real = not args.short and name.endswith(("3", "7"))
+                    whole=whole, trainer=args.trainer, short=args.short)
+    room.twice, room.real = (1, False) if args.short else (2, name.endswith(("3", "7")))
     row, begin = SimpleNamespace(kind=kind, name=name, lost="", skipped=""), time.monotonic()
     try:
         KINDS[kind](room)
@@ -291,13 +291,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default=",".join(KINDS))
+    parser.add_argument("--trainer", default="train_grpo.py", help="or train_dapo.py")
     parser.add_argument("--start", type=Path, help="what tiny.py has made; made anew if not given")
     parser.add_argument("--short", action="store_true", help="forks only, a judge away for 2 s")
     parser.add_argument("--json", type=Path, help="write the rounds here, too")
     args = parser.parse_args()
     args.folder = tempfile.mkdtemp(prefix="faults_")
     start = args.start or make_start(Path(args.folder, "start"))
-    whole = unbroken(Path(args.folder, "unbroken"), start)
+    whole = unbroken(Path(args.folder, "unbroken"), start, args.trainer)
     rows = [play_round(kind, f"{kind}_{i}", args, start, whole)
             for i in range(args.rounds) for kind in args.only.split(",")]
     print(f"{'kind':14}{'rounds':>8}{'faults':>8}{'restarts':>10}{'losses':>8}{'seconds':>9}")

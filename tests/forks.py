@@ -19,8 +19,10 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 sys.path.insert(0, str(ROOT))
 
+import train_dapo
 import train_grpo
 
+TRAINERS = {"train_grpo.py": train_grpo, "train_dapo.py": train_dapo}
 TORCHRUN = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0".split()
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -61,11 +63,11 @@ def fork(function, log=None):
 
 
 def rank(args, env):
-    """What torchrun would start: python -u train_grpo.py and its arguments."""
+    """What torchrun would start: python -u train_grpo.py and its arguments, or train_dapo.py."""
     os.environ.clear()
     os.environ.update(env)
     sys.argv = list(args[2:])
-    train_grpo.main()
+    TRAINERS[args[2]].main()
 
 
 def agent(command, env):

@@ -23,13 +23,14 @@ STEPS = 8
 SETTINGS = dict(steps=STEPS, prompts_per_step=2, group_size=4, val_prompts=2, save_every=1,
                 max_response_tokens=20, val_temperature=0.0, validate_every=4, keep_checkpoints=3,
                 embed_soft=True)
+DAPO = dict(keep="reward", max_rounds=3, overlong_buffer_tokens=8)
 
 
 def new_room(folder, start, **more):
     """A place for one run: its folder and command, and what has happened so far."""
     folder.mkdir()
     room = SimpleNamespace(folder=folder, out=folder / "run", start=start, faults=0, lives=0,
-                           env={}, settings={}, real=False)
+                           env={}, settings={}, real=False, trainer="train_grpo.py")
     room.__dict__.update(more)
     return room
 
@@ -37,8 +38,8 @@ def new_room(folder, start, **more):
 def command(room):
     settings = dict(model=room.start / "model", train_data=room.start / "data",
                     val_data=f"{room.start}/data@val", out_dir=room.out)
-    settings |= SETTINGS | room.settings
-    return ["train_grpo.py", "configs/tiny.py", *(f"--{k}={v}" for k, v in settings.items())]
+    settings |= SETTINGS | (DAPO if room.trainer == "train_dapo.py" else {}) | room.settings
+    return [room.trainer, "configs/tiny.py", *(f"--{k}={v}" for k, v in settings.items())]
 
 
 # --- what a run has -------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ def make_start(folder):
     return folder
 
 
-def unbroken(folder, start):
-    room = new_room(folder, start)
+def unbroken(folder, start, trainer):
+    room = new_room(folder, start, trainer=trainer)
     life = play(room)
     assert life.code == 0, life.text
     whole = contents(room)
