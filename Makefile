@@ -30,6 +30,7 @@ test-vllm: .venv-vllm/ready
 
 test-faults: .venv/test
 	$(BIN)/python tests/faults.py --rounds 5
+	$(BIN)/python tests/faults.py --rounds 2 --trainer train_dapo.py
 	$(BIN)/python tests/soak.py
 
 lint: .venv/test

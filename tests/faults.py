@@ -105,8 +105,11 @@ def twice(room):
     second = SimpleNamespace(**vars(room))
     second.lives, code = 100, []
 
-    def hit(_):
+    def hit(life):
+        ranks = forks.children(life.pid)
+        forks.kill(*ranks, number=signal.SIGSTOP)  # it must not end before the other has begun
         code.append(play(second))
+        forks.kill(*ranks, number=signal.SIGCONT)
 
     life = play(room, ("line", room.rng.randrange(1, 4), 0), hit)
     advice(code[0], room.out)
