@@ -66,7 +66,7 @@ def check(cfg, ranks):
 def stop(error):
     """End the process with the error on one line; rank 0 first, and torchrun ends the others."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
-    time.sleep(10 if int(os.environ.get("RANK", 0)) else 0)
+    time.sleep((2 if type(error) is Stop else 10) * (os.environ.get("RANK", "0") != "0"))
     advice = ": install it, or change the setting that needs it" * isinstance(error, ImportError)
     advice += ": what is saved is whole; mend this and start again" * isinstance(error, OSError)
     raise SystemExit(f"error: {' '.join(str(error).split())}{advice}")

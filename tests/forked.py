@@ -1,10 +1,10 @@
 """Runs scripts in processes that have imported torch, transformers and our modules: ranks.forked().
 
 They are forked from this one, for importing takes longer than most runs do. A line on stdin asks
-for one run: {"ranks": how many, 0 for a script alone, "command": the script and its arguments,
-"env": more variables, "out" and "err": files for what is printed, "timeout": in seconds}. A line on
-stdout answers with the exit code: 0, or that of the first rank to fail, after which the others are
-ended, as torchrun does it."""
+for one run: {"processes": [{"command": a script, or torchrun, and its arguments, "env": more
+variables, "out" and "err": files for what is printed}, ...], "timeout": in seconds, "kill_at": all
+are killed as soon as there is such a file, or null}. A line on stdout answers with the exit codes.
+After the first that is not 0 the other processes are ended, as torchrun does it."""
 
 import importlib.util
 import json
@@ -23,14 +23,13 @@ for name in (*OURS, *LAZY):
     if importlib.util.find_spec(name):  # vLLM: in an environment of its own
         importlib.import_module(name)
 
+import forks  # noqa: E402
 
-def become(rank, ranks, command, env, out, err):
-    """What a rank has of torchrun or, if there are none, a script of the shell."""
+
+def become(command, env, out, err):
+    """What a process has that was started from a shell, or by torchrun's agent."""
     for stream, file in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(file, os.O_RDWR | os.O_APPEND), stream)
-    if ranks:
-        env = env | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GROUP_RANK": 0,
-                     "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ |= {k: str(v) for k, v in env.items()}
     random.seed()  # else what is random would be the same in all of them
     np.random.seed()
@@ -38,35 +37,41 @@ def become(rank, ranks, command, env, out, err):
     sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
 
 
-def wait(children, timeout):
-    """-> the exit code of all."""
-    deadline, code = time.monotonic() + timeout, 0
-    while children:
-        for child in [*children]:
+def run(command):
+    if command[0] == "torchrun":
+        return forks.agent(command[1:])
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def wait(children, timeout, kill_at):
+    """-> their exit codes, in order."""
+    deadline, codes = time.monotonic() + timeout, dict.fromkeys(children)
+    while None in codes.values():
+        left = [child for child, code in codes.items() if code is None]
+        for child in left:
             ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended:
-                continue
-            children.remove(child)
-            if not code and (code := os.waitstatus_to_exitcode(status)):
-                deadline = min(deadline, time.monotonic() + 30)
-                [os.kill(other, signal.SIGTERM) for other in children]
-        if time.monotonic() > deadline:
-            [os.kill(child, signal.SIGKILL) for child in children]
-            deadline, code = float("inf"), code or 124
-        time.sleep(0.01)
-    return code
+            if ended:
+                if (code := os.waitstatus_to_exitcode(status)) and not any(codes.values()):
+                    deadline = min(deadline, time.monotonic() + 30)
+                    [os.kill(other, signal.SIGTERM) for other in left if other != child]
+                codes[child] = code
+        if time.monotonic() > deadline or (kill_at and os.path.exists(kill_at)):
+            [os.kill(child, signal.SIGKILL) for child in left if codes[child] is None]
+            deadline, kill_at = float("inf"), None
+        time.sleep(0.005)
+    return [*codes.values()]
 
 
 def main():
     answers = os.fdopen(os.dup(1), "w")
     for job in map(json.loads, sys.stdin):
-        timeout, children = job.pop("timeout"), []
-        for rank in range(job["ranks"] or 1):
+        children = []
+        for process in job.pop("processes"):
             if not (child := os.fork()):
-                become(rank, **job)
-                return runpy.run_path(sys.argv[0], run_name="__main__")
+                become(**process)
+                return run(process["command"])
             children.append(child)
-        print(wait(children, timeout), file=answers, flush=True)
+        print(wait(children, **job), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def rank(args, env):
     TRAINERS[args[2]].main()
 
 
-def agent(command, env):
-    os.environ.update(env)
-    if "SHIFT_CLOCK" in env:
+def agent(command):
+    """torchrun with these arguments, its ranks forked."""
+    if "SHIFT_CLOCK" in os.environ:
         ctypes.CDLL(None).shift_clock(1)
-    sys.argv = ["torchrun", *TORCHRUN, *command]
+    sys.argv = ["torchrun", *command]
     subprocess_handler.SubprocessHandler._popen = lambda self, args, env: fork(
         lambda: rank(args, env))
     torch_run.main()
@@ -85,7 +85,10 @@ def launch(command, log, env, real=False):
     command, env = [*map(str, command)], {"OMP_NUM_THREADS": "1", **env}
     os.chdir(ROOT)
     if not real:
-        return fork(lambda: agent(command, env), log)
+        def start():
+            os.environ.update(env)
+            agent([*TORCHRUN, *command])
+        return fork(start, log)
     with open(log, "a") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, *command],

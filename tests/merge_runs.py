@@ -60,10 +60,7 @@ def train(root):
                          num_hidden_layers=30)
     first.append([large, "qwen3_vl", root / "large/run", {}, ""])
     for ranks, jobs in (1, first), (RANKS, again):
-        done = forked(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str), check=False)
-        # On a busy machine torch sometimes aborts a process that has ended, with all of it saved.
-        saved = all((job[2] / STEP / "manifest.json").exists() for job in jobs)
-        assert saved and (not done.returncode or "terminate called" in done.stderr), done.stderr
+        forked(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str))
     return root
 
 

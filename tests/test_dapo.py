@@ -11,7 +11,7 @@ import torch
 from judge_server import judge
 from ranks import ROOT, forked
 from scoring import score
-from test_train import arguments, metrics, rollouts, run_and_kill, small_data, tensors
+from test_train import arguments, metrics, rollouts, small_data, tensors
 
 import common
 import data
@@ -280,7 +280,7 @@ def test_steps_train_what_was_kept(unbroken):
 def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path):
     whole, changes, _ = unbroken
     command = dapo(start, tmp_path / "run", **changes)
-    run_and_kill(command, tmp_path / "run/checkpoints/step_000003")
+    forked(2, *command, kill_at=tmp_path / "run/checkpoints/step_000003", check=False)
     assert not (tmp_path / "run/checkpoints/step_000006").exists(), "it was killed too late"
     assert "continuing" in forked(2, *command).stdout
     assert metrics(tmp_path / "run") == metrics(whole)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from judge_server import always, free_port, judge
 from PIL import Image
-from ranks import ROOT, forked, torchrun
+from ranks import ROOT, forked
 
 import common
 import eval as evaluation
@@ -265,7 +265,7 @@ def test_cut_at_any_byte(run, sources, name):
 
 def test_two_ranks_do_the_same(sources, run, tmp_path):
     whole = contents(run(*arguments(sources))[0])
-    torchrun(2, "eval.py", *arguments(sources), f"--out_dir={tmp_path}/two")
+    forked(2, "eval.py", *arguments(sources), f"--out_dir={tmp_path}/two")
     folder, = tmp_path.glob("two/*/")
     assert contents(folder) == whole
 

@@ -1,34 +1,9 @@
 """Two torchrun agents on one machine are two nodes: the same training, and what they must share."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
-from ranks import ROOT, forked
+from ranks import forked, forked_nodes
 from test_train import arguments, metrics, small_data, tensors, texts
-
-
-def nodes(*commands, ranks=1, check=True, python=sys.executable, env=None):
-    """Each command by an agent of its own, with so many ranks; returns [(exit code, stderr)]."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    agents = [
-        subprocess.Popen(
-            [python, "-m", "torch.distributed.run", "--nnodes", str(len(commands)), "--node_rank",
-             str(i), "--nproc_per_node", str(ranks), "--master_addr", "localhost", "--master_port",
-             str(port), *map(str, command)],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-        for i, command in enumerate(commands)]
-    done = [(agent.communicate(timeout=500)[0], agent.returncode) for agent in agents]
-    if check:
-        assert [code for _, code in done] == [0] * len(done), done[0][0][-3000:]
-    return done
-
 
 SETTINGS = dict(steps=3, kl_coef=0.01, keep_checkpoints=9)
 
@@ -44,7 +19,7 @@ def one_node(start, tmp_path_factory):
 def test_sharded_over_both_nodes_it_is_the_same_run_bit_for_bit(one_node, start, tmp_path):
     whole, data, _ = one_node
     command = arguments(start, tmp_path / "run", train_data=data, shard_ranks=2, **SETTINGS)
-    nodes(command, command)
+    forked_nodes(command, command)
     assert metrics(tmp_path / "run") == metrics(whole)
     ours, theirs = tensors(tmp_path / "run", 3), tensors(whole, 3)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -54,7 +29,7 @@ def test_by_default_each_node_holds_the_model(one_node, start, tmp_path):
     """Replicas, whose gradients are averaged; what they save is one model."""
     whole, data, both = one_node
     command = arguments(start, tmp_path / "run", train_data=data, **SETTINGS)
-    said = nodes(command, command)[0][0]
+    said = forked_nodes(command, command)[0][1]
     assert float(said.partition("GB per rank: ")[2].split()[0]) == pytest.approx(
         2 * float(both.partition("GB per rank: ")[2].split()[0]), rel=0.05)
     assert texts(tmp_path / "run", "step_000003") == texts(whole, "step_000003")
@@ -69,7 +44,7 @@ def test_by_default_each_node_holds_the_model(one_node, start, tmp_path):
 
 def test_a_disk_of_its_own_is_refused(start, tmp_path):
     ours, theirs = (arguments(start, tmp_path / name, steps=1) for name in ("a", "b"))
-    done = nodes(ours, theirs, check=False)
-    assert all(code for _, code in done)
-    assert f"out_dir={tmp_path}/b must be on a disk that all nodes share" in done[1][0]
+    done = forked_nodes(ours, theirs, check=False)
+    assert all(code for code, _ in done)
+    assert f"out_dir={tmp_path}/b must be on a disk that all nodes share" in done[1][1]
     assert not (tmp_path / "a/metrics.jsonl").read_text()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-from ranks import torchrun
+from ranks import forked
 from test_train import arguments, metrics, rollouts, tensors
 
 import data
@@ -26,7 +26,7 @@ def poisoned(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("poisoned") / "run"
     command = arguments(start, out, steps=12, prompts_per_step=2, group_size=3, keep_checkpoints=99,
                         validate_every=99, kl_coef=0.01)
-    run = torchrun(2, "tests/poisoned.py", *command[1:], check=False,
+    run = forked(2, "tests/poisoned.py", *command[1:], check=False,
                    env={"POISON": json.dumps(POISON)})
     return out, command, run
 
@@ -83,7 +83,7 @@ def test_after_three_in_a_row_the_run_stops_saved_and_can_go_on(poisoned):
     [said] = [x for x in run.stderr.splitlines() if x.startswith("error: ")]
     assert run.returncode and "3 updates in a row were not finite: lower learning_rate" in said
     assert os.readlink(out / "checkpoints/latest") == "step_000010"
-    torchrun(1, *command)
+    forked(1, *command)
     assert [*metrics(out)] == list(range(13))
     assert not any(metrics(out)[step]["updates_skipped"] for step in (11, 12))
 

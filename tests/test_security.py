@@ -28,7 +28,7 @@ from data_fixtures import encoded, noise, row, write_processor
 from fsspec.implementations.memory import MemoryFileSystem
 from judge_server import judge
 from PIL import Image, PngImagePlugin
-from ranks import ROOT, torchrun
+from ranks import ROOT, forked
 from report_browser import browser, needs_chromium
 from test_judge import load as load_judge
 from test_judge import verdicts
@@ -182,7 +182,7 @@ def test_a_key_is_nowhere_but_in_the_environment(tmp_path):
     with judge() as server:
         server.script = lambda r: "ok" if not (
             tmp_path / "run/checkpoints/step_000001").exists() else "401"
-        run = torchrun(1, "train_grpo.py", "configs/tiny.py", tmp_path / "log.py", *shared,
+        run = forked(1, "train_grpo.py", "configs/tiny.py", tmp_path / "log.py", *shared,
                        f"--train_data={tmp_path}/own.parquet", f"--val_data={tmp_path}/own.parquet",
                        f"--judge_url={server.url}", f"--out_dir={tmp_path}/run", "--steps=3",
                        "--prompts_per_step=4", "--group_size=2", "--val_prompts=2",

@@ -132,13 +132,13 @@ def test_rollouts_say_what_the_metrics_average(unbroken):
         assert advantages == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def run_and_kill(command, saved, env=None):
+def run_and_kill(command, saved):
     """Two ranks, killed with SIGKILL, torchrun included, as soon as a checkpoint is there."""
     launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
     process = subprocess.Popen(
         [sys.executable, *launch, "--rdzv_endpoint", "localhost:0", *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -9,17 +9,8 @@ import pytest
 import tiny_models
 import torch
 from data_fixtures import write_processor
-from ranks import forked
-from test_nodes import nodes
-from test_train import (
-    arguments,
-    metrics,
-    rollouts,
-    run_and_kill,
-    small_data,
-    tensors,
-    texts,
-)
+from ranks import forked, forked_nodes
+from test_train import arguments, metrics, rollouts, small_data, tensors, texts
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -106,7 +97,7 @@ def whole(start, tmp_path_factory):
 def test_killed_and_restarted_is_bit_for_bit_the_same(whole, start, tmp_path):
     run, settings = whole
     command = arguments(start, tmp_path / "run", **settings)
-    run_and_kill(command, tmp_path / "run/checkpoints/step_000002", ENV)
+    forked(2, *command, kill_at=tmp_path / "run/checkpoints/step_000002", check=False, env=ENV)
     assert not (tmp_path / "run/checkpoints/step_000004").exists(), "it was killed too late"
     forked(2, *command, env=ENV)
     assert metrics(tmp_path / "run") == metrics(run)
@@ -131,7 +122,7 @@ def test_engines_stay_within_their_node(whole, start, tmp_path):
     """Two agents of two ranks each: an engine for both ranks of a node, one training over all."""
     run, settings = whole
     command = arguments(start, tmp_path / "run", **settings | {"tensor_parallel": 2, "steps": 1})
-    nodes(command, command, ranks=2, env=ENV)
+    forked_nodes(command, command, ranks=2, env=ENV)
     assert texts(tmp_path / "run") == texts(run)
     ours, theirs = metrics(tmp_path / "run")[1], metrics(run)[1]
     for name in ("reward/overall", "loss/policy", "grad_norm", "entropy"):
