@@ -48,18 +48,20 @@ def model_folder(folder, kind, tied, **text):
     return folder
 
 
-def train(root):
-    """root/CASE/model, root/CASE/run (trained and saved by one rank) and root/CASE/again (the same
-    weights, saved by RANKS); root/large: as "tied", of 200 MB, and not saved again."""
+def train(root, cases=CASES, more=True):
+    """root/CASE/model, root/CASE/run (trained and saved by one rank) and, with more of it,
+    root/CASE/again (the same weights, saved by RANKS); root/large: as "tied", of 200 MB."""
     first, again = [], []
-    for case, (kind, tied, settings) in CASES.items():
+    for case in cases:
+        kind, tied, settings = CASES[case]
         model, run = model_folder(root / case / "model", kind, tied), root / case / "run"
         first.append([model, kind, run, settings, ""])
         again.append([model, kind, root / case / "again", settings, run / STEP])
-    large = model_folder(root / "large/model", "qwen3_vl", True, intermediate_size=10_000,
-                         num_hidden_layers=30)
-    first.append([large, "qwen3_vl", root / "large/run", {}, ""])
-    for ranks, jobs in (1, first), (RANKS, again):
+    if more:
+        large = model_folder(root / "large/model", "qwen3_vl", True, intermediate_size=10_000,
+                             num_hidden_layers=30)
+        first.append([large, "qwen3_vl", root / "large/run", {}, ""])
+    for ranks, jobs in ((1, first), (RANKS, again))[:1 + more]:
         forked(ranks, "tests/merge_worker.py", json.dumps(jobs, default=str))
     return root
 

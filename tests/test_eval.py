@@ -662,9 +662,8 @@ def test_vllm_says_the_same(sources, start, tmp_path):
     for engine, more in (("torch", {}), ("vllm", {
             "engine_args": "{'enforce_eager': True}", "gpu_memory_utilization": 0.2})):
         args = arguments(sources, engine=engine, **more)
-        subprocess.run([sys.executable, "eval.py", *args, f"--out_dir={tmp_path}/{engine}"],
-                       cwd=ROOT, check=True, capture_output=True, env=os.environ | {
-                           "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+        forked(0, "eval.py", *args, f"--out_dir={tmp_path}/{engine}",
+               env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
         folder, = tmp_path.glob(f"{engine}/*/")
         said[engine] = {r["id"]: r["response"] for r in lines(folder, "responses")}
     same = sum(text == said["torch"][i] for i, text in said["vllm"].items())

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from merge_hub import hub
 from merge_runs import CASES, RANKS, STEP, merge, sequences
-from ranks import ROOT
+from ranks import ROOT, forked
 from safetensors.torch import load_file, save_file
 from tiny_models import processor
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -415,22 +415,27 @@ def test_a_public_repository_stays_so_only_with_public(push, public):
 
 # --- vLLM -----------------------------------------------------------------------------------------
 
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+VLLM_CASES = ["tied", "qwen2.5", "experts"]
+
+
+@pytest.fixture(scope="module")
+def vllm_runs(tmp_path_factory):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    root = merge_runs.train(tmp_path_factory.mktemp("runs"), VLLM_CASES, more=False)
+    return lambda case: root / case
 
 
 def vllm_worker(*command):
-    return subprocess.run([sys.executable, "tests/merge_vllm.py", *map(str, command)], cwd=ROOT,
-                          env=os.environ | VLLM, capture_output=True, text=True, timeout=500)
+    return forked(0, "tests/merge_vllm.py", *command, env=VLLM, check=False)
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("case", ["tied", "qwen2.5", "experts"])
-def test_vllm_loads_what_was_trained(case, runs, tmp_path):
+@pytest.mark.parametrize("case", VLLM_CASES)
+def test_vllm_loads_what_was_trained(case, vllm_runs, tmp_path):
     """By merge.py itself, on its own prompt, and on the trainer's prompts and responses."""
-    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
-    run, kind = runs(case) / "run", CASES[case][0]
-    said = merge(run / STEP, "--out", tmp_path / "out", env=os.environ | VLLM)
+    run, kind = vllm_runs(case) / "run", CASES[case][0]
+    said = forked(0, "merge.py", run / STEP, "--out", tmp_path / "out", env=VLLM).stdout
     gap = float(re.search(r"log-probs by vllm .* differ by (\S+), limit 0.001", said)[1])
     assert gap < 1e-5
     worker = vllm_worker("logprobs", tmp_path / "out", kind, tmp_path / "found.json")
@@ -446,10 +451,9 @@ def test_vllm_loads_what_was_trained(case, runs, tmp_path):
 @pytest.mark.parametrize("how, said", [
     ("unpublished", "vLLM .* does not start: .*size of tensor"),
     ("spoilt", "vllm reads other weights from .*difference")])
-def test_vllm_is_asked_for_its_own_opinion(how, said, runs, tmp_path):
+def test_vllm_is_asked_for_its_own_opinion(how, said, vllm_runs, tmp_path):
     """transformers reads both layouts of experts."""
-    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
-    worker = vllm_worker(how, runs("experts") / "run" / STEP, tmp_path / "out")
+    worker = vllm_worker(how, vllm_runs("experts") / "run" / STEP, tmp_path / "out")
     assert re.search("log-probs by transformers .* limit 1e-05", worker.stdout), worker.stderr
     assert worker.returncode and re.search(said, worker.stderr), worker.stderr[-3000:]
     assert not (tmp_path / "out").exists()
