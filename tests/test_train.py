@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -74,7 +72,7 @@ def unbroken(start, tmp_path_factory):
     """Six steps on two ranks over ten rows: epochs end within steps 3 and 5."""
     folder = tmp_path_factory.mktemp("unbroken")
     data = small_data(start, folder, 10)
-    run = torchrun(2, *arguments(start, folder / "run", train_data=data, keep_checkpoints=9))
+    run = forked(2, *arguments(start, folder / "run", train_data=data, keep_checkpoints=9))
     return folder / "run", data, run
 
 
@@ -132,29 +130,11 @@ def test_rollouts_say_what_the_metrics_average(unbroken):
         assert advantages == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def run_and_kill(command, saved):
-    """Two ranks, killed with SIGKILL, torchrun included, as soon as a checkpoint is there."""
-    launch = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
-    process = subprocess.Popen(
-        [sys.executable, *launch, "--rdzv_endpoint", "localhost:0", *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 300
-    while not saved.exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    subprocess.run(["pkill", "-KILL", "-f", saved.parent.parent], check=True)
-    process.wait()
-
-
 def test_killed_and_restarted_is_bit_for_bit_the_same(unbroken, start, tmp_path):
     """SIGKILL of every process after step 3 has been saved, then the same command again."""
     whole, data, _ = unbroken
     command = arguments(start, tmp_path / "run", train_data=data, keep_checkpoints=9)
-    run_and_kill(command, tmp_path / "run/checkpoints/step_000003")
+    forked(2, *command, kill_at=tmp_path / "run/checkpoints/step_000003", check=False)
     assert not (tmp_path / "run/checkpoints/step_000006").exists(), "it was killed too late"
     with open(tmp_path / "run/metrics.jsonl", "a") as f:
         f.write('{"step": 4, "rew')  # what a kill within a write leaves
