@@ -67,6 +67,19 @@ def read_task(cfg, name, task):
     image_files(task, items[0])  # is there access to them?
     return task
 
+def read_tasks(cfg):
+    """-> {name: task} of those that can be read, {name: why not and what to do} of the others."""
+    tasks, skipped = {}, {}
+    for name, task in find_tasks(cfg).items():
+        try:
+            tasks[name] = read_task(cfg, name, task)
+        except (ValueError, OSError, LookupError) as error:
+            skipped[name] = (f"{' '.join(repr(error).split())[:300]}. Try --data_dir, or `hf "
+                             f"download --repo-type dataset {task['source'].split('@')[0]}`")
+    if not tasks:
+        raise ValueError(f"no task could be read: {skipped}")
+    return tasks, skipped
+
 def image_files(task, item):
     """An item's images as data.read_row takes them: dicts of bytes, or paths."""
     row, fetch = task["rows"][item["at"]], task["fetch"]
@@ -267,21 +280,14 @@ def set_up(cfg):
             "vllm", "torch"), "votes": ("original", *"123456789"), "stages": STAGES}.items():
         if wrong := {*getattr(cfg, name).split(",")} - {*choices}:
             raise ValueError(f"{name}: there is no {wrong}, but {', '.join(choices)}")
-    run = SimpleNamespace(cfg=cfg, judge=None, tasks={}, skipped={},
+    run = SimpleNamespace(cfg=cfg, judge=None,
                           rounds=3 if cfg.votes == "original" else int(cfg.votes))
     cfg.prompt_template = "{question}" if cfg.prompt == "plain" else data.read_template(
         cfg.prompt_template)
     run.rank, run.world, run.device = common.start()
     run.processor = data.load_processor(cfg.model)
-    for name, task in find_tasks(cfg).items():
-        try:
-            run.tasks[name] = read_task(cfg, name, task)
-        except (ValueError, OSError, LookupError) as error:
-            run.skipped[name] = (f"{' '.join(repr(error).split())[:300]}. Try --data_dir, or `hf "
-                                 f"download --repo-type dataset {task['source'].split('@')[0]}`")
+    run.tasks, run.skipped = read_tasks(cfg)
     run.items = [item for task in run.tasks.values() for item in task["items"]]
-    if not run.items:
-        raise ValueError(f"no task could be read: {run.skipped}")
     config = {name: getattr(cfg, name) for name in DECISIVE} | {
         "commit": getattr(transformers.AutoConfig.from_pretrained(cfg.model), "_commit_hash", None),
         "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns)

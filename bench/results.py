@@ -1,7 +1,7 @@
 """The commands compare and overlap of eval.py, and its stage submit.
 
     python eval.py compare RESULTS_A RESULTS_B    # paired, on the items that both have
-    python eval.py overlap --model=... --train=SOURCE [--tasks=...]    # was it trained on?
+    python eval.py overlap --train=SOURCE [--tasks=...]    # which items were trained on?
     python eval.py configs/eval.py --model=... --stages=submit [--submit_as=NAME]    # a zip
 
 overlap takes the settings of eval.py, by default those of configs/eval.py.
@@ -18,8 +18,11 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import data
 import eval as evaluation
 import reward
+
+CONFIG = f"{Path(__file__).parent.parent}/configs/eval.py"
 
 
 def compare(a, b):
@@ -31,23 +34,44 @@ def compare(a, b):
           pandas.DataFrame({k: evaluation.estimate([x]) for k, x in rows}).T.round(4), sep="\n")
 
 
-def overlap(run):
+def overlap(cfg):
     """overlap.json: items with an image (the same pixels) or question of cfg.train, and why."""
-    run.tasks["train"] = train = evaluation.read_task(run.cfg, "train", {"source": run.cfg.train})
-    images = {item["id"]: {common.seed_of(x.tobytes())
-                           for x in evaluation.read(run, item)["pictures"]}
-              for item in [*run.items, *train["items"]]}
+    if not cfg.train:
+        raise ValueError("--train=SOURCE: name the data that was trained on")
+    tasks, skipped = evaluation.read_tasks(cfg)
+    train = evaluation.read_task(cfg, "train", {"source": cfg.train})
+    images, unread, questions = {}, [], {reward.normalise(x["question"]) for x in train["items"]}
+    for task in (*tasks.values(), train):
+        for item in task["items"]:
+            try:
+                images[item["id"]] = {digest(image, task["folder"])
+                                      for image in evaluation.image_files(task, item)}
+            except Exception as error:  # Pillow raises a dozen kinds
+                images[item["id"]] = set()
+                unread.append(f"{item['id']}: {error}")
     known = set().union(*(images[item["id"]] for item in train["items"]))
-    questions = {reward.normalise(item["question"]) for item in train["items"]}
-    found, file = {}, Path(run.cfg.out_dir, "overlap.json")
-    for item in run.items:
+    found, items = {}, [item for task in tasks.values() for item in task["items"]]
+    for item in items:
         seen = bool(images[item["id"]] & known)
         if (asked := reward.normalise(item["question"]) in questions) or seen:
             found[item["id"]] = "image" * seen + " question" * asked
     # A question with another image is no leak.
     exclude = [i for i, why in found.items() if "image" in why or not images[i]]
-    file.write_text(json.dumps({"items": found, "exclude": exclude}, indent=1))
-    print(f"{len(found)} of {len(run.items)} items: --exclude={file} leaves {len(exclude)} out")
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    file = Path(cfg.out_dir, "overlap.json")
+    file.write_text(json.dumps({"items": found, "exclude": exclude, "skipped": skipped,
+                                "unread": unread}, indent=1))
+    print(f"{len(found)} of {len(items)} items: --exclude={file} leaves {len(exclude)} out",
+          *(f"not compared: {name}: {why}" for name, why in skipped.items()),
+          *([f"images not compared: {len(unread)}, such as {unread[0]}"] if unread else []),
+          sep="\n")
+
+
+def digest(image, folder):
+    """Hash of an image's pixels; as in training {"bytes": ...}, or a path in the data's folder."""
+    given = image if isinstance(image, dict) else {"path": image}
+    file = given.get("bytes") or Path(folder, given["path"]).read_bytes()
+    return common.seed_of(data.decode({"bytes": file}).tobytes())
 
 
 def submit(run):
@@ -95,11 +119,11 @@ def main():
         if len(args) != 2:
             sys.exit("error: compare two folders of results: eval.py compare RESULTS_A RESULTS_B")
         return compare(*args)
-    evaluation.STAGES["overlap"] = overlap
-    evaluation.defaults["train"] = ""
-    config = [] if any(not arg.startswith("--") for arg in args) else ["configs/eval.py"]
-    sys.argv[1:] = [*config, *args, "--stages=overlap"]
-    evaluation.main()
+    config = [] if any(not arg.startswith("--") for arg in args) else [CONFIG]
+    try:
+        overlap(common.load_config(evaluation.defaults | {"train": ""}, [*config, *args]))
+    except (ValueError, OSError) as error:
+        common.stop(error)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,6 @@ def run(process_group, monkeypatch, tmp_path):
     """Evaluate in this process -> the results' folder, and the exit's message or None."""
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-        monkeypatch.setattr(evaluation, "STAGES", dict(evaluation.STAGES))  # overlap is added
-        monkeypatch.setattr(evaluation, "defaults", dict(evaluation.defaults))
         monkeypatch.setattr(common, "start", lambda: (0, 1, torch.device("cpu")))
         monkeypatch.chdir(ROOT)
         before, said = {*tmp_path.glob("out/*/")}, None
@@ -638,16 +636,24 @@ def test_compare(run, tmp_path, capsys):
     assert table["y"] == [0, 0, 0, 200] and table["all"][0] == pytest.approx(wrong / 2, abs=1e-4)
 
 
-def test_overlap(run, sources, tmp_path, start):
+def test_overlap(run, sources, tmp_path, start, capsys):
     val = datasets.Dataset.from_parquet(f"{start}/data/val.parquet").to_list()[:30]
     train = [{k: row[k] for k in ("problem", "solution", "image")} for row in val[:10]]
     train.append({"problem": "which is NUMBER 3?", "solution": "<OTHER> x", "image": []})
     datasets.Dataset.from_list(train).to_parquet(tmp_path / "train.parquet")
     args = arguments(sources)
+    train[5]["image"][0]["bytes"] = b"no image"
+    datasets.Dataset.from_list(train).to_parquet(tmp_path / "harmed.parquet")
+    run("overlap", *sources[:2], sources[3], f"--train={tmp_path}/harmed.parquet")  # no model
+    said = capsys.readouterr().out
+    assert "images not compared: 1, such as train/5: cannot identify image file" in said
+    harmed = json.loads((tmp_path / "out/overlap.json").read_text())
     run("overlap", *args, f"--train={tmp_path}/train.parquet")
+    assert "not compared" not in capsys.readouterr().out
     found = json.loads((tmp_path / "out/overlap.json").read_text())
     assert found["items"]["text/3"].split() == ["question"] and "text/4" not in found["items"]
     assert all("image" in found["items"][f"phantom/{i}"] for i in range(10))
+    assert {*found["exclude"]} - {*harmed["exclude"]} == {"phantom/5"}
     same = [i for i, why in found["items"].items() if why.split() == ["question"]]
     assert len(same) > 20 and {*same} & {*found["exclude"]} == {"text/3"}  # phantoms: another image
     folder, _ = run(*args, f"--exclude={tmp_path}/out/overlap.json")
