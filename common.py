@@ -177,7 +177,7 @@ def check_goes_on(run, unscored):
 
 def check_gap(run, updates):
     """engine_gap/*: |engine - trainer| log-prob of this step's tokens, before any update."""
-    gaps = [x for u in updates for row in u.rows if row["weight"] and "old_logprobs" in row
+    gaps = [x for u in updates for row in u.rows if "old_logprobs" in row
             for x in (row["logprobs"] - row["old_logprobs"].cpu()).abs()[row["mask"]].tolist()]
     totals, tokens, largest = zip(*gather((sum(gaps), len(gaps), max(gaps, default=0.0))))
     mean = sum(totals) / sum(tokens)
@@ -232,9 +232,10 @@ def update_metrics(run, groups, done, norms):
     largest, row = max(parts, key=lambda part: (not part[0] < float("inf"), part))
     sums = {k: sum(row[k] for row in done) for k in done[0]}
     saving, tokens = sums.pop("alone") / sums.pop("packed"), sums.pop("tokens")
-    return {"perf/packing_saving": saving, "grad_norm": fmean(norms), "loss/largest_row": row,
-            "loss/largest_share": largest / (sum(x for x, _ in parts) or 1)} | {
-        k: v / (len(norms) if k.startswith("loss/") else tokens) for k, v in sums.items()}
+    mfu = sums.pop("flops") / run.times["update"] / run.world / run.peak
+    return {"perf/packing_saving": saving, "perf/mfu": mfu, "grad_norm": fmean(norms),
+            "loss/largest_row": row, "loss/largest_share": largest / (sum(x for x, _ in parts) or 1)
+            } | {k: v / (len(norms) if k.startswith("loss/") else tokens) for k, v in sums.items()}
 
 def write_groups(out_dir, name, step, groups):
     """For rank 0: groups -> out_dir/rollouts/NAME_STEP.jsonl, without what only tensors need."""

@@ -1,6 +1,5 @@
 """Rows -> prompts: reads the data, checks every row before training starts, prepares ids, pixels.
-One record. In parquet an image is bytes; in .json / .jsonl a path relative to that file, a list of
-paths, or missing. `images` will do for `image`:
+A record; image, or images: bytes in parquet, in .json / .jsonl paths relative to the file, or none:
     {"problem": "Which side?", "solution": "<X_RAY> Left.", "image": [{"bytes": b"\\xff\\xd8..."}]}
 What training gets for it, prompt(data, i); one image pad id per merge x merge patches:
     {"row": i, "problem": "Which side?", "solution": "<X_RAY> Left.", "ids": [151644, 872, ...],
@@ -57,17 +56,13 @@ def read_template(given):
 
 def local_files(path, split):
     """A file, or the files of a split in a folder or in a clone of a hub data set."""
-    splits = {} if path.is_dir() else {"train": {path: 1}}  # its files: how many there must be
-    for file in sorted([*path.glob("*"), *path.glob("data/*")]):
-        name = re.fullmatch(r"([\w-]+?)(-\d+-of-(\d+)[\w-]*)?\.(parquet|jsonl?)", file.name)
-        if name:
-            splits.setdefault(name[1], {})[file] = int(name[3] or 1)
-    if split not in splits:
-        raise ValueError(f"no split {split!r} there, but: {', '.join(splits) or 'no data'}")
-    files, n = [str(file) for file in splits[split]], max(splits[split].values())
-    if len(files) != n:  # half a download, or train.parquet and train.jsonl
-        raise ValueError(f"split {split} has {len(files)} files, not {n}")
-    return files
+    form = re.escape(split) + r"(-\d+-of-(\d+)[\w-]*)?\.(parquet|jsonl?)"
+    there = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("data/*")])
+    files = {str(path): 1} if path.is_file() and split == "train" else {  # 1: how many belong to it
+        str(file): int(m[2] or 1) for file in there if (m := re.fullmatch(form, file.name))}
+    if len(files) != (n := max(files.values(), default=1)):  # half a download; .parquet and .jsonl
+        raise ValueError(f"split {split!r}: {len(files)} files, not {n}: {[x.name for x in there]}")
+    return [*files]
 
 def read_rows(source, columns=("problem", "solution"), subsets=(None,)):
     """Path or hub name, "@split" or not (train) -> memory-mapped Dataset and its images' folder.
@@ -136,7 +131,7 @@ def read_row(data, i):
     for token in processor.tokenizer.added_tokens_decoder.values():
         if token.special and token.content in problem:
             raise ValueError(f"row {i}, problem: {token.content} would forge the chat's structure")
-    if not isinstance(solution, str) or not re.match(rf"<({'|'.join(data.tags)})>\s*\S", solution):
+    if not re.match(rf"<({'|'.join(data.tags)})>[\s.]*[^\s.]", str(solution)):
         raise ValueError(f"row {i}, solution: not '<TAG> answer', a known tag: {solution!r:.60}")
     images = images if isinstance(images, list) else [] if images is None else [images]
     images = [x if isinstance(x, dict) else {"path": x} for x in images]
@@ -210,6 +205,6 @@ def patches(images, processor, device="cpu"):
 def order(rows, seed, cursor, k):
     """The k rows after the first `cursor`; seed and epoch alone decide their order."""
     n = len(rows)
-    epochs = range(cursor // n, (cursor + k) // n + 1)
-    orders = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs]
+    orders = [np.random.default_rng([seed, epoch]).permutation(n)
+              for epoch in range(cursor // n, (cursor + k) // n + 1)]
     return [rows[i] for i in np.concatenate(orders)[cursor % n:][:k]]

@@ -19,23 +19,25 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
 MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 CHUNK_ELEMENTS = 2**26  # of the logits, of which the log-prob step makes a chunk at a time
 FLASH = {("cuda", torch.bfloat16)}  # where packed attention is one call of flash attention
-LORA_ALPHA = 32  # over any rank: the best learning rate is 10 times that of full training
 
-def load(cfg, device, trainable=True):
-    """A sharded Qwen-VL model whose forward gives the log-probs of a packed row (`row_forward`).
+def load(cfg, device, reference_of=None):
+    """A sharded Qwen-VL model whose forward is row_forward(), or its frozen start, for a KL term.
     cfg: .model (folder or hub id), .dtype (of the computation; what is trained is kept in fp32) and
     what is read below. Rank 0 alone reads the weights (8 fp32 copies of 8B: 280 GB)."""
+    if reference_of and cfg.lora_rank:  # the same, less its adapter
+        return lambda *args: reference_of(*args, adapter=False)
     config, dtype = AutoConfig.from_pretrained(cfg.model), getattr(torch, cfg.dtype)
     if config.model_type not in MODELS:
         raise ValueError(f"model {cfg.model} is of type {config.model_type}, not one of {MODELS}")
-    storage = torch.float32 if trainable and not cfg.lora_rank else dtype
     weights, buffers, rank, world = {}, {}, dist.get_rank(), dist.get_world_size()
+    trainable, storage = not reference_of, dtype if reference_of or cfg.lora_rank else torch.float32
     if rank == 0:
         full = AutoModelForImageTextToText.from_pretrained(
             cfg.model, dtype=storage, use_safetensors=True)
@@ -74,26 +76,19 @@ def choose_trained(model, cfg, trainable=True):
     model.requires_grad_(trainable and not cfg.lora_rank)
     if trainable and cfg.lora_rank:
         import peft
-        layers = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)
-                  and name != "lm_head" and not (cfg.freeze_vision and ".visual." in name)]
         torch.manual_seed(cfg.seed)
-        model.add_adapter(peft.LoraConfig(r=cfg.lora_rank, lora_alpha=LORA_ALPHA,
-                                          target_modules=layers))
+        model.add_adapter(peft.LoraConfig(
+            r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear",  # learning_rate: 10 times
+            exclude_modules=r".*\.visual\..*" if cfg.freeze_vision else None))
         for p in [p for p in model.parameters() if p.requires_grad]:
             p.data = p.data.float()
     elif cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
 
-def load_reference(cfg, device, model):
-    """The starting model, frozen, for a KL term: a copy or, with LoRA, model less its adapter."""
-    if cfg.lora_rank:
-        return lambda *args: model(*args, adapter=False)
-    return load(cfg, device, trainable=False)
-
 def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=map):
     """This rank's rows, as many as each rank has, of at most tokens_per_row tokens. Groups, longest
     first, go into the row with the fewest tokens; responses that do not fit repeat the prompt in
-    another; a row left over has weight 0. groups: the same on all ranks, dicts of ids, grid and
+    another; a row left over has none. groups: the same on all ranks, dicts of ids, grid and
     responses (dicts); load(group) adds images, [(h, w, 3) uint8], to those trained here."""
     pieces = []  # [tokens, group, responses]
     for group in groups:
@@ -115,14 +110,14 @@ def build_rows(model, groups, tokens_per_row, rank=0, world=1, load=dict, map=ma
             row.append(piece)
         rows.sort(key=lambda row: -row[0])  # at a time all ranks work on about equal ones
         if not rows or rows[0][0] <= tokens_per_row:
-            return [*map(lambda row: _tensors(model, row[1:], pieces[-1], load), rows[rank::world])]
+            return [*map(lambda row: _tensors(model, row[1:], load), rows[rank::world])]
 
-def _tensors(model, pieces, spare, load):
+def _tensors(model, pieces, load):
     """A row: input_ids (1, T), position_ids (4, 1, T): text, then mRoPE; segments [(L, [R, ...])];
     images, grid (n, 3); sources (N,), where a response token is predicted, targets (N,); mask,
-    engine logprobs (B, R), advantage (B, 1); members, the responses. Without pieces: weight 0."""
+    engine logprobs (B, R), advantage (B, 1); members, the responses."""
     config, merge = model.config, model.config.vision_config.spatial_merge_size
-    parts = [(load(group), responses) for _, group, responses in pieces or [spare]]
+    parts = [(load(group), responses) for _, group, responses in pieces]
     if not any(group["images"] for group, _ in parts):
         # The vision tower runs on every row, or FSDP's collectives would not line up: on an image
         # of one token more, to which nothing attends.
@@ -142,17 +137,18 @@ def _tensors(model, pieces, spare, load):
             sources += [last, *range(len(ids), len(ids) + len(response["ids"]) - 1)]
             ids += response["ids"]
             positions.append(after + torch.arange(len(response["ids"])))
-    responses = [r for _, members in parts for r in members]
+    responses = [r for _, members in parts for r in members] or [
+        {"ids": [], "logprobs": [], "advantage": 0.0}]
     return {
         "input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None],
         "segments": [(len(g["ids"]), [len(r["ids"]) for r in rs]) for g, rs in parts],
-        "images": [x for g, _ in parts for x in g["images"]], "sources": torch.tensor(sources),
+        "images": [x for g, _ in parts for x in g["images"]], "members": responses,
+        "sources": torch.tensor(sources, dtype=torch.long),
         "grid": torch.tensor([x for g, _ in parts for x in g["grid"]]),
-        "targets": torch.tensor([t for r in responses for t in r["ids"]]),
+        "targets": torch.tensor([t for r in responses for t in r["ids"]], dtype=torch.long),
         "mask": pad_sequence([torch.ones(len(r["ids"])) for r in responses], True).bool(),
         "logprobs": pad_sequence([torch.tensor(r["logprobs"]) for r in responses], True),
-        "advantage": torch.tensor([[r["advantage"]] for r in responses]), "members": responses,
-        "weight": float(len(pieces) > 0)}
+        "advantage": torch.tensor([[r["advantage"]] for r in responses])}
 
 def packed_attention(module, query, key, value, attention_mask, scaling, segments, **_):
     """Attention of a packed row, (1, heads or kv heads, T, D) each -> (1, T, heads, D), None: each
@@ -213,6 +209,31 @@ def token_logprobs(hidden, weight, targets, temperature, banned):
     chunks = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
               for chunk in zip(hidden.split(size), targets.split(size))]
     return tuple(torch.cat(x) for x in zip(*chunks))
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product on this device, measured: perf/mfu is a share of that."""
+    n = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    return 2 * n**3 / Timer("x @ x", globals={"x": x}).timeit(10).median
+
+def work(model, row):
+    """A row's tokens ("packed"), those of a row per response ("alone"), its FLOPs, forward and back
+    ("flops"): 2 a pass for each weight and token, 4 a channel and pair of tokens in attention, but
+    for the vision tower's (PaLM, arXiv 2204.02311, appendix B)."""
+    text, layers = model.config.text_config, model.model.language_model.layers
+    tokens, patches = row["input_ids"].numel(), row["grid"].prod(1).sum().item()
+    pairs = sum(p * p / 2 + sum(r * p + r * r / 2 for r in rs) for p, rs in row["segments"])
+    flops = 12 * len(layers) * layers[0].self_attn.q_proj.out_features * pairs
+    share = getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_experts", 1)
+    passing = {"lm_head": len(row["targets"]), "patch_embed": patches, "embed": 0,
+               "merger": patches / model.config.vision_config.spatial_merge_size**2,
+               "visual": patches, "experts": share * tokens, "": tokens}  # by the first in a name
+    tower = any(p.requires_grad for p in model.model.visual.parameters())  # is gone back through
+    for name, p in model.named_parameters(remove_duplicate=False):
+        passes = 1 + (tower or "visual" not in name) + p.requires_grad
+        flops += 2 * passes * p.numel() * next(n for part, n in passing.items() if part in name)
+    alone = sum(p + r for p, rs in row["segments"] for r in rs)
+    return {"packed": tokens, "alone": alone, "flops": flops}
 
 def adamw(model, learning_rate, beta2, weight_decay):
     """AdamW over what is trained; norms, biases and embeddings are not decayed."""

@@ -30,10 +30,8 @@ def split_solution(solution):
     """Turn `<X_RAY> left lung` into ("X_RAY", "left lung"). ValueError: no valid tag or answer."""
     head, closed, answer = solution.partition(">")
     tag, answer = NAMES.get((head + closed).strip()), answer.strip()
-    if tag is None:
-        raise ValueError(f"solution {solution[:80]!r} must start with a tag: one of {TAGS}")
-    if not normalise(answer):
-        raise ValueError(f"solution {solution[:80]!r} needs an answer after <{tag}>")
+    if tag is None or not normalise(answer):
+        raise ValueError(f"solution {solution[:80]!r} must be '<TAG> answer', TAG one of {TAGS}")
     return tag, answer
 
 def normalise(text):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig
 
+BANNED = "image_token_id video_token_id vision_start_token_id vision_end_token_id".split()
 
 def load(cfg, device, patches):
     """An engine with random weights, so that a tensor which sync() forgets shows up in engine_gap.
@@ -19,11 +21,10 @@ def load(cfg, device, patches):
     if stop_ids is None:
         raise ValueError(f"generation_config.json of {cfg.model} has no eos_token_id, which ends a "
                          "response: copy it from the base model")
-    banned = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
     engine = SimpleNamespace(
         llm=None, version=None, device=device, patches=patches, image_id=config.image_token_id,
         stop_ids={stop_ids} if isinstance(stop_ids, int) else set(stop_ids),
-        banned=[getattr(config, name) for name in banned])
+        banned=[getattr(config, name) for name in BANNED])
     if cfg.engine == "vllm":
         engine.llm = _start_vllm(cfg, device)
         return engine
@@ -134,52 +135,40 @@ def _decode(engine, prompts, *, group_size, temperature, max_tokens, top_p=1.0):
     uniform = torch.stack([torch.rand(max_tokens, generator=g, dtype=torch.float64)
                            for g in generators]).to(logits.device)  # (B, max_tokens)
     responses = [{"ids": [], "logprobs": [], "finish_reason": None} for _ in generators]
-    unfinished = [group_size] * len(prompts)
+    waiting = {i: responses[i * group_size : (i + 1) * group_size] for i in range(len(prompts))}
     for t in range(max_tokens):
         tokens, logprobs = _sample(logits, uniform[:, t], engine.banned, temperature, top_p)
-        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
-            response, group = responses[i], i // group_size
-            if response["finish_reason"]:
-                continue
-            response["ids"].append(token)
-            response["logprobs"].append(logprob)
-            if token in engine.stop_ids or t == max_tokens - 1:
-                response["finish_reason"] = "stop" if token in engine.stop_ids else "length"
-                unfinished[group] -= 1
-                if not unfinished[group]:
-                    yield prompts[group], responses[group * group_size : (group + 1) * group_size]
-        if not any(unfinished):
+        end = "length" if t == max_tokens - 1 else None
+        for r, token, logprob in zip(responses, tokens.tolist(), logprobs.tolist()):
+            if not r["finish_reason"]:
+                r["ids"].append(token)
+                r["logprobs"].append(logprob)
+                r["finish_reason"] = "stop" if token in engine.stop_ids else end
+        for i in [i for i, group in waiting.items() if all(r["finish_reason"] for r in group)]:
+            yield prompts[i], waiting.pop(i)
+        if not waiting:
             return
         mask = pad(mask, (0, 1), value=1)
-        # Given a 2-D mask, row 0 (text positions) is not used; rows 1-3 are mRoPE.
-        hidden = engine.model.model(
-            input_ids=tokens[:, None], position_ids=(position + t).expand(4, -1)[..., None],
-            attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
-        logits = engine.model.lm_head(hidden[:, -1])
+        logits = engine.model(
+            input_ids=tokens[:, None], position_ids=(position + t).expand(3, -1)[..., None],
+            attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 def _prefill(engine, prompts, group_size):
-    """Each prompt once, alone; its keys and values are padded on the left and shared by expansion.
-    Returns the cache, mask (B, longest prompt), next mRoPE positions (B,) and logits (B, V)."""
-    model, layers, positions, logits = engine.model, [], [], []
-    for prompt in prompts:
-        ids, images = torch.tensor([prompt["ids"]], device=engine.device), {}
-        if prompt["images"]:
-            images = {"pixel_values": engine.patches(prompt["images"]),
-                      "image_grid_thw": torch.tensor(prompt["grid"], device=engine.device)}
-        mrope, _ = model.model.get_rope_index(ids, (ids == model.config.image_token_id).int(),
-                                              image_grid_thw=images.get("image_grid_thw"))
-        out = model.model(input_ids=ids, position_ids=mrope, use_cache=True,
-                          past_key_values=DynamicCache(config=model.config), **images)
-        layers.append([(layer.keys, layer.values) for layer in out.past_key_values.layers])
-        positions.append(mrope.max() + 1)
-        logits.append(model.lm_head(out.last_hidden_state[:, -1]))
-    longest = max(len(p["ids"]) for p in prompts)
-    cache = DynamicCache([tuple(  # each (1, kv heads, L, D) -> (B, kv heads, longest, D)
-        torch.cat([pad(x, (0, 0, longest - x.shape[2], 0)).expand(group_size, -1, -1, -1)
-                   for x in side]) for side in zip(*layer)) for layer in zip(*layers)])
-    mask = [[0] * (longest - len(p["ids"])) + [1] * len(p["ids"]) for p in prompts]
-    return cache, *(x.repeat_interleave(group_size, 0) for x in (
-        torch.tensor(mask, device=engine.device), torch.stack(positions), torch.cat(logits)))
+    """All prompts at once, padded on the left, each for the group_size responses to it. Returns the
+    cache, mask (B, longest prompt), next mRoPE positions (B,) and logits (B, V)."""
+    model, rows = engine.model, [torch.tensor(p["ids"]) for p in prompts]
+    ids, mask = (pad_sequence(x, True, 0, "left").to(engine.device)
+                 for x in (rows, [torch.ones_like(row) for row in rows]))
+    images, grid = (sum((p[k] for p in prompts), []) for k in ("images", "grid"))
+    pixels = {"pixel_values": engine.patches(images), "image_grid_thw": torch.tensor(
+        grid, device=engine.device)} if images else {}
+    mrope, _ = model.model.get_rope_index(  # (3, P, L)
+        ids, (ids == engine.image_id).int(), pixels.get("image_grid_thw"), attention_mask=mask)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=mrope, use_cache=True,
+                past_key_values=DynamicCache(config=model.config), logits_to_keep=1, **pixels)
+    out.past_key_values.batch_repeat_interleave(group_size)
+    return out.past_key_values, *(x.repeat_interleave(group_size, 0) for x in (
+        mask, mrope.amax((0, 2)) + 1, out.logits[:, -1]))
 
 def _sample(logits, uniform, banned, temperature, top_p):
     """(B,) tokens and their log-probs from (B, V) logits, by one uniform number (B,) each."""

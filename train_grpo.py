@@ -25,6 +25,7 @@ def set_up(cfg):
     cfg.prompt_template = data.read_template(cfg.prompt_template)
     run = SimpleNamespace(cfg=cfg, times={}, gaps_over=2, signals=[], threads=ThreadPoolExecutor(4))
     run.rank, run.world, run.device = common.start(run.signals)
+    run.peak = policy.matmul_rate(run.device, cfg.dtype)
     run.scorer = reward.load(cfg, run.device, run.world)
     run.processor = data.load_processor(cfg.model)
     run.train, run.val = (data.load(source, run.processor, cfg, reward.TAGS, run.rank, run.world,
@@ -36,7 +37,7 @@ def set_up(cfg):
     if not os.path.exists(f"{cfg.out_dir}/config.json"):
         raise ValueError(f"out_dir={cfg.out_dir} must be on a disk that all nodes share")
     run.model = policy.load(cfg, run.device)
-    run.reference = policy.load_reference(cfg, run.device, run.model) if cfg.kl_coef else None
+    run.reference = policy.load(cfg, run.device, run.model) if cfg.kl_coef else None
     if run.rank == 0:
         common.print_arithmetic(run)
     run.optimizer = policy.adamw(run.model, cfg.learning_rate, cfg.beta2, cfg.weight_decay)
@@ -92,8 +93,7 @@ def add_advantages(groups):
     for group in groups:
         rewards = [r["parts"]["overall"] for r in group["responses"]]
         scored = None not in rewards
-        advantages = objective.group_advantages(torch.tensor([[x or 0.0 for x in rewards]]))[0]
-        advantages *= scored
+        advantages = objective.group_advantages(torch.tensor([[scored and x for x in rewards]]))[0]
         group |= {"scored": scored, "kept": bool(advantages.any())}
         for r, advantage in zip(group["responses"], advantages.tolist()):
             r["advantage"] = advantage
@@ -125,20 +125,16 @@ def backward(run, update, row):
         token_loss = token_loss * ratio.clamp(max=cfg.engine_is_cap) * (old_logprobs - fresh).exp()
         clipped["engine_is"] = ratio > cfg.engine_is_cap
     kl = objective.kl_penalty(logprobs, row.get("ref_logprobs", logprobs.detach()))
-    weights = row["weight"] * objective.token_weights(
-        mask, cfg.loss_mean, update.tokens, update.responses)
+    weights = objective.token_weights(mask, cfg.loss_mean, update.tokens, update.responses)
     finite = 1 + 0 * (logprobs.detach() + engine_logprobs)  # NaN, as its gradient, where one is not
     loss = (token_loss + cfg.kl_coef * kl) * weights * finite
     # FSDP averages gradients over ranks, but these weights sum to 1 over all of them already.
     loss.sum().mul(run.world).backward()
     for response, part in zip(row["members"], loss.sum(1).tolist()):
         response["loss"] = response.get("loss", 0.0) + part
-    count = mask * row["weight"]
-    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": count,
-            "entropy": entropy * count, **{f"clip_frac/{k}": v * count for k, v in clipped.items()}}
-    alone = sum(p + n for p, lengths in row["segments"] for n in lengths)
-    return {k: v.sum().item() for k, v in sums.items()} | {
-        "packed": row["input_ids"].numel() * row["weight"], "alone": alone * row["weight"]}
+    sums = {"loss/policy": token_loss * weights, "loss/kl": kl * weights, "tokens": mask,
+            "entropy": entropy * mask, **{f"clip_frac/{k}": v * mask for k, v in clipped.items()}}
+    return {k: v.sum().item() for k, v in sums.items()} | policy.work(run.model, row)
 
 def train(run, groups):
     """updates_per_step optimizer steps on the groups of all ranks; returns what to log."""

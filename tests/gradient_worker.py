@@ -90,7 +90,7 @@ def main():
     data.prompt = lambda groups, slot: groups[slot]  # no file to read images from
     cfg = tiny_models.settings(path, **json.loads(*settings or ["{}"]))
     model = policy.load(cfg, device)
-    reference = policy.load_reference(cfg, device, model)
+    reference = policy.load(cfg, device, model)
     results = [gradient(model, reference, rank, world, case) for case in json.loads(cases)]
     if rank == 0:
         torch.save(results, out)

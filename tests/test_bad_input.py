@@ -300,7 +300,7 @@ def test_no_such_data(refusal, setting, path):
 @pytest.mark.parametrize("setting", ["train_data", "val_data"])
 def test_no_such_split_lists_those_there(refusal, start, setting):
     message = refusal(**{setting: f"{start}/data@test"})
-    assert_says(message, f"{start}/data@test", "'test'", "train, val")
+    assert_says(message, f"{start}/data@test", "'test': 0 files", "train.parquet", "val.parquet")
 
 
 def test_missing_column(refusal, start, tmp_path):

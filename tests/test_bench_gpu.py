@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -92,6 +93,63 @@ def test_flops_are_those_that_pytorch_counts(kind, tmp_path, process_group):
     total -= 2 * sum(images) * measure.channels(vision) * vision.hidden_size
     assert counter.get_total_flops() == pytest.approx(total, rel=1e-2)
     assert measure.row_flops(config, [row]) == 3 * expected
+    left_out = 3 * tower_attention(vision, images)
+    assert policy.work(model, row)["flops"] == pytest.approx(3 * expected - left_out, rel=0.01)
+
+
+def tower_attention(vision, images):
+    """FLOPs of a forward pass that perf/mfu leaves out. images: patches of each."""
+    return 4 * vision.depth * vision.hidden_size * sum(n * n for n in images)
+
+
+@pytest.mark.parametrize("settings, text_passes, tower_passes", [
+    ({}, 3, 3), ({"freeze_vision": True}, 3, 1), ({"lora_rank": 1}, 2, 2),
+    ({"lora_rank": 1, "freeze_vision": True}, 2, 1)])
+def test_mfu_counts_the_passes_that_are_made(settings, text_passes, tower_passes, tmp_path,
+                                             process_group):
+    """Forward, the gradient of what goes in, that of weights: a frozen tower needs the first alone,
+    a frozen weight beside an adapter two of them."""
+    path = tiny_models.save("qwen3_vl", tmp_path)
+    model = policy.load(tiny_models.settings(path, **settings), torch.device("cpu"))
+    groups = tiny_models.groups(tiny_models.processor("qwen3_vl"))
+    [row] = policy.build_rows(model, groups, 1000)
+    images, config = row["grid"].prod(1).tolist(), model.config
+    attention = 4 * 3 * 4 * 32 * measure.seen(row["segments"])
+    text = measure.forward_flops(config, row["segments"]) - attention
+    tower = measure.forward_flops(config, [], images) - tower_attention(
+        config.vision_config, images)
+    expected = text_passes * text + 3 * attention + tower_passes * tower
+    adapters = 6 * sum(p.numel() * (sum(images) if "visual" in n else row["input_ids"].numel())
+                       for n, p in model.named_parameters() if "lora_" in n)
+    assert policy.work(model, row)["flops"] == pytest.approx(expected + adapters, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen2_5_vl"])
+def test_mfu_is_counted_for_every_architecture(kind, tmp_path, process_group):
+    """Weights that each token passes: all in the layers, of a mixture two of four experts."""
+    path = tiny_models.save(kind, tmp_path)
+    model = policy.load(tiny_models.settings(path), torch.device("cpu"))
+    groups = tiny_models.groups(tiny_models.processor(kind))
+    long, short = (policy.work(model, policy.build_rows(model, [g], 1000)[0])["flops"] for g in (
+        groups[2], groups[2] | {"responses": groups[2]["responses"][:1]}))
+    tokens = sum(len(r["ids"]) for r in groups[2]["responses"][1:])
+    weights = sum(p.numel() * (0.5 if ".experts." in n else 1)
+                  for n, p in model.model.language_model.layers.named_parameters())
+    weights += model.lm_head.weight.numel()
+    pairs = sum(n * len(groups[2]["ids"]) + n * n / 2
+                for n in (len(r["ids"]) for r in groups[2]["responses"][1:]))
+    layers = model.model.language_model.layers
+    attention = 12 * len(layers) * layers[0].self_attn.q_proj.out_features * pairs
+    assert long - short == pytest.approx(6 * tokens * weights + attention, rel=1e-3)
+
+
+def test_matmul_rate_is_that_of_the_device():
+    rate = policy.matmul_rate(torch.device("cpu"), "float32")
+    x = torch.randn(512, 512)
+    start = time.perf_counter()
+    for _ in range(20):
+        x @ x
+    assert 0.1 < rate / (20 * 2 * 512**3 / (time.perf_counter() - start)) < 10
 
 
 def test_published_flops_per_token():

@@ -255,7 +255,7 @@ def test_split_solution(solution):
     start = re.match(rf"\s*<({'|'.join(reward.TAGS)})>", solution)
     answer = solution[start.end():] if start else ""
     if {*"".join(answer.split())} <= {"."}:  # none, or dots only
-        with pytest.raises(ValueError, match=r"^solution .* (must start|needs an answer)"):
+        with pytest.raises(ValueError, match=r"^solution .* must be .<TAG> answer"):
             reward.split_solution(solution)
     else:
         assert reward.split_solution(solution) == (start[1], answer.strip())

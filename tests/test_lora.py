@@ -93,7 +93,7 @@ def test_the_reference_is_the_model_without_it(path, kind, process_group):
     [row] = policy.build_rows(model, tiny_models.groups(tiny_models.processor(kind)), 1000)
     pixels = data.patches(row["images"], tiny_models.processor(kind))
     with torch.no_grad():
-        without, _ = policy.logprobs(policy.load_reference(cfg, CPU, model), row, pixels, 1.0,
+        without, _ = policy.logprobs(policy.load(cfg, CPU, model), row, pixels, 1.0,
                                      tiny_models.BANNED)
     assert torch.equal(without, at_first) and not torch.equal(without, stirred)
     assert torch.equal(logprobs(model, kind), stirred), "it is on again"

@@ -96,7 +96,7 @@ def test_equal_rewards_move_no_weight(tmp_path, process_group, monkeypatch):
     processor = tiny_models.processor("qwen3_vl")
     run = SimpleNamespace(
         cfg=cfg, rank=0, world=1, times={}, gaps_over=0, threads=ThreadPoolExecutor(1), signals=[],
-        state={"step": 0, "updates": 0, "not_finite": 0}, train=None, reference=None,
+        peak=1e9, state={"step": 0, "updates": 0, "not_finite": 0}, train=None, reference=None,
         model=policy.load(cfg, torch.device("cpu")))
     cfg.max_engine_gap = 100.0
     run.logprobs = lambda model, row: policy.logprobs(

@@ -140,8 +140,8 @@ def test_ranks_share_the_work(case, world):
         mine = []
         rows = policy.build_rows(model, [g | {"images": None} for g in groups], 150, rank, world,
                                  lambda g, mine=mine: mine.append(g["name"]) or groups[g["name"]])
-        members += [m["name"] for row in rows if row["weight"] for m in row["members"]]
-        sizes += [row["input_ids"].numel() for row in rows if row["weight"]]
+        members += [m["name"] for row in rows for m in row["members"] if m["ids"]]
+        sizes += [row["input_ids"].numel() for row in rows if row["targets"].numel()]
         counts.add(len(rows))
         loaded.append({*mine})
     assert len(counts) == 1 and max(sizes) <= 150
@@ -152,12 +152,21 @@ def test_ranks_share_the_work(case, world):
         assert world == 1 or len(one) < len(groups)
 
 
-def test_a_rank_without_work_has_rows_of_weight_0(case):
-    model, _, groups, _, _ = case
+def test_a_rank_without_work_has_a_row_that_teaches_nothing(case):
+    """It runs all that the others run, forward and backward, or FSDP's collectives would hang."""
+    model, processor, groups, _, _ = case
     [row] = policy.build_rows(model, groups[:1], 1000, rank=1, world=2)
-    assert row["weight"] == 0.0 and row["input_ids"].numel() > 1
+    assert row["input_ids"].numel() == 1 and len(row["images"]) == 1 and not row["targets"].numel()
+    got, entropy = policy.logprobs(model, row, data.patches(row["images"], processor), 1.0,
+                                   tiny_models.BANNED)
+    assert got.shape == entropy.shape == row["mask"].shape == row["logprobs"].shape == (1, 0)
+    got.sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+    for p in model.parameters():
+        p.grad = None
     [row] = policy.build_rows(model, groups[:1], 1000, rank=0, world=2)
-    assert row["weight"] == 1.0
+    assert row["targets"].numel()
 
 
 def test_rows_are_filled_across_groups(case):

@@ -68,7 +68,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_and_moments_in_fp32(path, proce
         assert {optimizer.state[p][k].dtype for k in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
 def test_reference_is_kept_in_its_compute_type_and_cannot_learn(path, process_group):
-    model = policy.load(tiny_models.settings(path, dtype="bfloat16"), CPU, trainable=False)
+    model = policy.load(tiny_models.settings(path, dtype="bfloat16"), CPU, load(path))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -122,7 +122,7 @@ def test_memory_is_that_of_the_tensors(kind, tied, process_group, tmp_path):
 
 def test_memory_of_a_reference_model_and_of_frozen_vision(path, process_group):
     settings = tiny_models.settings(path, dtype="bfloat16", kl_coef=0.0)
-    model, reference = load(path), policy.load(settings, CPU, trainable=False)
+    model, reference = load(path), policy.load(settings, CPU, load(path))
     alone, kl = published_models.memory(model, settings, 1), tiny_models.settings(
         path, dtype="bfloat16", kl_coef=0.01)
     more = sum(p.nbytes for p in reference.parameters()) / 1e9

@@ -200,15 +200,15 @@ def test_split_solution():
 @pytest.mark.parametrize("solution", ["", "left lung", "<XRAY> left lung", "<x_ray> left lung",
                                       "X_RAY> left lung", "the <X_RAY> left lung", "<X_RAY left"])
 def test_solution_without_tag(scorer, solution):
-    with pytest.raises(ValueError, match="must start with a tag"):
+    with pytest.raises(ValueError, match=r"must be .<TAG> answer., TAG one of"):
         reward.split_solution(solution)
-    with pytest.raises(ValueError, match="must start with a tag"):
+    with pytest.raises(ValueError, match=r"must be .<TAG> answer., TAG one of"):
         score(scorer, "", solution, [GOOD])
 
 
 @pytest.mark.parametrize("solution", ["<X_RAY>", "<X_RAY> \n", "<X_RAY> ."])
 def test_solution_without_answer(solution):
-    with pytest.raises(ValueError, match="needs an answer"):
+    with pytest.raises(ValueError, match=r"must be .<TAG> answer., TAG one of"):
         reward.split_solution(solution)
 
 

@@ -485,7 +485,7 @@ def test_pickled_weights_are_not_read(tmp_path, process_group):
     with pytest.raises(OSError, match="safetensors"):
         policy.load(cfg, torch.device("cpu"))
     with pytest.raises(OSError, match="safetensors"):
-        policy.load_reference(cfg, torch.device("cpu"), None)
+        policy.load(cfg, torch.device("cpu"), reference_of=object())
     assert not marker.exists()
 
 

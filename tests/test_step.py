@@ -154,11 +154,11 @@ def gap_run(**settings):
     return SimpleNamespace(cfg=cfg, rank=0, gaps_over=0)
 
 
-def update_with(gap, weight=1.0):
+def update_with(gap):
     mask = torch.tensor([[True, True], [True, False]])
     row = {"logprobs": torch.zeros(2, 2), "old_logprobs": torch.full((2, 2), gap), "mask": mask}
-    idle = row | {"weight": 0.0, "old_logprobs": torch.full((2, 2), 9.0)}
-    return [SimpleNamespace(rows=[row | {"weight": weight}, idle])]
+    idle = {k: torch.zeros(1, 0, dtype=x.dtype) for k, x in row.items()}
+    return [SimpleNamespace(rows=[row, idle])]
 
 
 def test_a_gap_over_the_limit_stops_in_the_third_step_in_a_row(capsys, process_group):

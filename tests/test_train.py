@@ -99,9 +99,10 @@ def test_every_metric_is_there(unbroken):
         "engine_gap/max",
         "val/reward/overall",
         *(f"time/{k}" for k in ("step", "sync", "rollout", "reward_wait", "update", "save")),
-        *(f"perf/{k}" for k in ("tokens_per_s_per_gpu", "packing_saving", "peak_mem_gb")),
+        *(f"perf/{k}" for k in ("tokens_per_s_per_gpu", "packing_saving", "mfu", "peak_mem_gb")),
     }
     assert names <= set(line)
+    assert 0 < line["perf/mfu"] < 1
     assert line["groups/sampled"] == 4
     assert line["groups/kept"] + line["groups/zero_std"] == 4
     assert line["engine_gap/mean"] < 1e-5
