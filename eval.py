@@ -91,8 +91,9 @@ def read(run, item):
     """-> a prompt for rollout.generate, and its pictures as they are. ValueError, OSError: why."""
     task, patch, most = run.tasks[item["task"]], run.processor.patch, run.cfg.max_prompt_tokens
     row = {"problem": item["asked"], "solution": "<OTHER> -", "images": image_files(task, item)}
-    row, _ = data.read_row(SimpleNamespace(rows=[row], folder=task["folder"], cfg=run.cfg,
-                                           processor=run.processor, tags=["OTHER"]), 0)
+    row, _ = data.read_row(SimpleNamespace(
+        rows={item["row"]: row}, folder=task["folder"], cfg=run.cfg, processor=run.processor,
+        tags=["OTHER"]), item["row"])
     if len(row["ids"]) > most:
         raise ValueError(f"{len(row['ids'])} tokens: raise max_prompt_tokens={most}")
     images = [np.array(picture.resize((w * patch, h * patch)))  # bicubic, as in training

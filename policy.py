@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 2**26  # of the logits, of which the log-prob step makes a chun
 FLASH = {("cuda", torch.bfloat16)}  # where packed attention is one call of flash attention
 
 def load(cfg, device, reference_of=None):
-    """A sharded Qwen-VL model whose forward is row_forward(), or its frozen start, for a KL term.
+    """A sharded Qwen-VL model whose forward is row_forward(), or the frozen start of reference_of.
     cfg: .model (folder or hub id), .dtype (of the computation; what is trained is kept in fp32) and
     what is read below. Rank 0 alone reads the weights (8 fp32 copies of 8B: 280 GB)."""
     if reference_of and cfg.lora_rank:  # the same, less its adapter
@@ -77,8 +77,8 @@ def choose_trained(model, cfg, trainable=True):
     if trainable and cfg.lora_rank:
         import peft
         torch.manual_seed(cfg.seed)
-        model.add_adapter(peft.LoraConfig(
-            r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear",  # learning_rate: 10 times
+        model.add_adapter(peft.LoraConfig(  # 32: with 10 times the learning rate of full training
+            r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear",
             exclude_modules=r".*\.visual\..*" if cfg.freeze_vision else None))
         for p in [p for p in model.parameters() if p.requires_grad]:
             p.data = p.data.float()

@@ -422,7 +422,7 @@ def test_items_that_cannot_be_asked(run, sources, tmp_path):
     assert "2 failed" in said or "3 failed" in said
     errors = {r["id"]: r["error"] for r in lines(folder, "responses")}
     assert errors["own/0"] is None and "max_prompt_tokens=2000" in errors["own/2"]
-    assert "1.png" in errors["own/1"] and "image: UnidentifiedImageError" in errors["own/3"]
+    assert "1.png" in errors["own/1"] and "row 3, image: UnidentifiedImageError" in errors["own/3"]
     assert scores(folder)["tasks"]["own"] == scores(folder)["tasks"]["own"] | {
         "errors": 3, "n": 4, "accuracy": 0.0}
     (tmp_path / "data/1.png").write_bytes(png())
