@@ -40,12 +40,9 @@ lint: .venv/test
 	$(BIN)/ruff check .
 
 bench: .venv/test  # TRL is there; on an idle machine
-	$(BIN)/python bench/logprob_memory.py
-	$(BIN)/python bench/rollout.py
-	$(BIN)/python bench/judge_votes.py
-	$(BIN)/python bench/packing.py
-	$(BIN)/python bench/ranks.py
-	$(BIN)/python bench/against_trl.py
+	@for name in logprob_memory rollout judge_votes packing ranks against_trl; do \
+		echo "--- bench/$$name.py"; $(BIN)/python bench/$$name.py || missed="$$missed $$name"; \
+	done; test -z "$$missed" || { echo "missed a goal:$$missed"; exit 1; }
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
