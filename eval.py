@@ -89,12 +89,11 @@ def image_files(task, item):
 
 def read(run, item):
     """-> a prompt for rollout.generate, and its pictures as they are. ValueError, OSError: why."""
-    task, patch, most = run.tasks[item["task"]], run.processor.patch, run.cfg.max_prompt_tokens
+    task, at, patch = run.tasks[item["task"]], item["row"], run.processor.patch
     row = {"problem": item["asked"], "solution": "<OTHER> -", "images": image_files(task, item)}
-    row, _ = data.read_row(SimpleNamespace(
-        rows={item["row"]: row}, folder=task["folder"], cfg=run.cfg, processor=run.processor,
-        tags=["OTHER"]), item["row"])
-    if len(row["ids"]) > most:
+    row, _ = data.read_row(SimpleNamespace(rows={at: row}, folder=task["folder"], cfg=run.cfg,
+                                           processor=run.processor, tags=["OTHER"]), at)
+    if len(row["ids"]) > (most := run.cfg.max_prompt_tokens):
         raise ValueError(f"{len(row['ids'])} tokens: raise max_prompt_tokens={most}")
     images = [np.array(picture.resize((w * patch, h * patch)))  # bicubic, as in training
               for picture, (_, h, w) in zip(row["images"], row["grid"])]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,6 @@ import data
 import policy
 import rollout
 
-LIMITS = {"float32": 1e-3, "bfloat16": 0.1}  # of vLLM's mean |log-prob - the checkpoint's|
 
 def read(folder, model):
     """Fill what was trained with what any number of ranks saved. ValueError, OSError: damage."""
@@ -37,7 +37,8 @@ def read(folder, model):
     if found != (ours := {(name, *x.shape) for name, x in weights.items()}):
         raise ValueError(f"another base model? Only in the checkpoint: {sorted(found - ours)}; "
                          f"only in the model: {sorted(ours - found)}")
-    dcp.load(weights, storage_reader=reader)
+    with warnings.catch_warnings(action="ignore"):  # of being one process
+        dcp.load(weights, storage_reader=reader)
 
 def write(model, base, folder, dtype):
     """The weights, with an adapter's in them; all else as base has it."""
@@ -68,9 +69,9 @@ def logprobs(engine, processor):
 
 def make(checkpoint, base, folder, run, dtype, adapter):
     """Write the folder. ValueError: transformers, or vLLM where installed, reads other weights."""
-    processor, limits = data.load_processor(base), {"transformers": 1e-5, "vllm": LIMITS[dtype]}
-    if run["lora_rank"] and not adapter and dtype == "bfloat16":  # the sum is rounded once more
-        limits["transformers"] = LIMITS[dtype]
+    processor, loose = data.load_processor(base), {"float32": 1e-3, "bfloat16": 0.1}[dtype]
+    rounded = run["lora_rank"] and not adapter and dtype == "bfloat16"  # an adapter's sum, again
+    limits = {"transformers": loose if rounded else 1e-5, "vllm": loose}  # mean |log-prob - ours|
     cfg = argparse.Namespace(**run | dict(
         model=base, dtype=dtype, engine="torch", max_prompt_tokens=256, max_response_tokens=1,
         gpu_memory_utilization=0.1, tensor_parallel=1, engine_args=dict(
