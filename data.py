@@ -1,5 +1,5 @@
 """Rows -> prompts: reads the data, checks every row before training starts, prepares ids, pixels.
-A record; image, or images: bytes in parquet, in .json / .jsonl paths relative to the file, or none:
+A record. `image` or `images`: bytes in parquet; in JSON a path relative to the file; a list; none:
     {"problem": "Which side?", "solution": "<X_RAY> Left.", "image": [{"bytes": b"\\xff\\xd8..."}]}
 What training gets for it, prompt(data, i); one image pad id per merge x merge patches:
     {"row": i, "problem": "Which side?", "solution": "<X_RAY> Left.", "ids": [151644, 872, ...],
