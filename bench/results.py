@@ -13,6 +13,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 
@@ -22,7 +23,8 @@ import data
 import eval as evaluation
 import reward
 
-CONFIG = f"{Path(__file__).parent.parent}/configs/eval.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIG, TINY_MODEL = f"{CONFIGS}/eval.py", f"{CONFIGS}/tiny_model"
 
 
 def compare(a, b):
@@ -40,17 +42,20 @@ def overlap(cfg):
         raise ValueError("--train=SOURCE: name the data that was trained on")
     tasks, skipped = evaluation.read_tasks(cfg)
     train = evaluation.read_task(cfg, "train", {"source": cfg.train})
-    images, unread, questions = {}, [], {reward.normalise(x["question"]) for x in train["items"]}
-    for task in (*tasks.values(), train):
-        for item in task["items"]:
-            try:
-                images[item["id"]] = {digest(image, task["folder"])
-                                      for image in evaluation.image_files(task, item)}
-            except Exception as error:  # Pillow raises a dozen kinds
-                images[item["id"]] = set()
-                unread.append(f"{item['id']}: {error}")
+    # No model is asked: any tokenizer will do, and no prompt is too long.
+    cfg.prompt_template, cfg.max_prompt_tokens = "{question}", float("inf")
+    run = SimpleNamespace(cfg=cfg, tasks=tasks | {"train": train},
+                          processor=data.load_processor(cfg.model or TINY_MODEL))
+    items, images, unread = [x for task in tasks.values() for x in task["items"]], {}, []
+    for item in [*items, *train["items"]]:
+        try:
+            pictures = evaluation.read(run, item)["pictures"]
+        except (ValueError, OSError) as error:
+            pictures = []
+            unread.append(f"{item['id']}: {error}")
+        images[item["id"]] = {common.seed_of(picture.tobytes()) for picture in pictures}
     known = set().union(*(images[item["id"]] for item in train["items"]))
-    found, items = {}, [item for task in tasks.values() for item in task["items"]]
+    found, questions = {}, {reward.normalise(item["question"]) for item in train["items"]}
     for item in items:
         seen = bool(images[item["id"]] & known)
         if (asked := reward.normalise(item["question"]) in questions) or seen:
@@ -62,16 +67,9 @@ def overlap(cfg):
     file.write_text(json.dumps({"items": found, "exclude": exclude, "skipped": skipped,
                                 "unread": unread}, indent=1))
     print(f"{len(found)} of {len(items)} items: --exclude={file} leaves {len(exclude)} out",
-          *(f"not compared: {name}: {why}" for name, why in skipped.items()),
-          *([f"images not compared: {len(unread)}, such as {unread[0]}"] if unread else []),
-          sep="\n")
-
-
-def digest(image, folder):
-    """Hash of an image's pixels; as in training {"bytes": ...}, or a path in the data's folder."""
-    given = image if isinstance(image, dict) else {"path": image}
-    file = given.get("bytes") or Path(folder, given["path"]).read_bytes()
-    return common.seed_of(data.decode({"bytes": file}).tobytes())
+          *(f"not compared: {name}: {why}" for name, why in skipped.items()), sep="\n")
+    if unread:
+        print(f"images not read, hence not compared: {len(unread)}, such as {unread[0]}")
 
 
 def submit(run):

@@ -643,17 +643,19 @@ def test_overlap(run, sources, tmp_path, start, capsys):
     datasets.Dataset.from_list(train).to_parquet(tmp_path / "train.parquet")
     args = arguments(sources)
     train[5]["image"][0]["bytes"] = b"no image"
+    train[6]["image"][0] |= {"bytes": None, "path": "/dev/zero"}  # which has no end
     datasets.Dataset.from_list(train).to_parquet(tmp_path / "harmed.parquet")
     run("overlap", *sources[:2], sources[3], f"--train={tmp_path}/harmed.parquet")  # no model
     said = capsys.readouterr().out
-    assert "images not compared: 1, such as train/5: cannot identify image file" in said
+    assert "images not read, hence not compared: 2, such as train/5: row 5, image: Unid" in said
     harmed = json.loads((tmp_path / "out/overlap.json").read_text())
+    assert "train/6: row 6, image: ValueError: /dev/zero is no file" in harmed["unread"]
     run("overlap", *args, f"--train={tmp_path}/train.parquet")
     assert "not compared" not in capsys.readouterr().out
     found = json.loads((tmp_path / "out/overlap.json").read_text())
     assert found["items"]["text/3"].split() == ["question"] and "text/4" not in found["items"]
     assert all("image" in found["items"][f"phantom/{i}"] for i in range(10))
-    assert {*found["exclude"]} - {*harmed["exclude"]} == {"phantom/5"}
+    assert {*found["exclude"]} - {*harmed["exclude"]} == {"phantom/5", "phantom/6"}
     same = [i for i, why in found["items"].items() if why.split() == ["question"]]
     assert len(same) > 20 and {*same} & {*found["exclude"]} == {"text/3"}  # phantoms: another image
     folder, _ = run(*args, f"--exclude={tmp_path}/out/overlap.json")
